@@ -1,0 +1,77 @@
+"""The KV tensors: one pool of blocks for all layers, addressed by slots (block * block_size + offset)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paceline.engine.types import IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token's KV takes."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class PagedKV:
+    """Keys and values of `num_blocks` blocks.
+
+    Pages of the pool are touched only when written, so an idle cache costs no memory on a CPU.
+    """
+
+    def __init__(self, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.shape = shape
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        size = (shape.num_layers, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        self._data = torch.zeros(size, dtype=shape.dtype, device=device)
+        self._slots = self._data.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_dim]
+        self._blocks = self._data.flatten(3)  # [layers, 2, blocks, block_size * kv_heads * head_dim]
+        self._layer_slots = [tuple(layer) for layer in self._slots]
+        self._layer_blocks = [tuple(layer) for layer in self._blocks]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the pool in bytes."""
+        return self._data.nbytes
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store new tokens.  slots [n], keys and values [n, kv_heads, head_dim]"""
+        key_pool, value_pool = self._layer_slots[layer]
+        key_pool.index_copy_(0, slots, keys)
+        value_pool.index_copy_(0, slots, values)
+
+    def gather(self, layer: int, blocks: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `num_tokens` of a block table, in position order.  2 x [num_tokens, kv_heads, head_dim]"""
+        view = (-1, self.shape.num_kv_heads, self.shape.head_dim)
+        key_pool, value_pool = self._layer_blocks[layer]
+        keys = key_pool.index_select(0, blocks).view(view)[:num_tokens]
+        values = value_pool.index_select(0, blocks).view(view)[:num_tokens]
+        return keys, values
+
+    def move(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy slots in all layers (reads everything before it writes), to compact an accepted path."""
+        device = self._data.device
+        read = torch.tensor(source, dtype=torch.int64, device=device)
+        write = torch.tensor(target, dtype=torch.int64, device=device)
+        self._slots.index_copy_(2, write, self._slots.index_select(2, read))
+
+
+def slots_of(table: Sequence[int], block_size: int, start: int, stop: int) -> IntArray:
+    """Slots of the token indices `start .. stop` of a sequence.  # [stop - start]"""
+    index = np.arange(start, stop)
+    blocks = np.asarray(table, dtype=np.int64)
+    return blocks[index // block_size] * block_size + index % block_size

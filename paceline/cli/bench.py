@@ -1,0 +1,289 @@
+"""`paceline bench spec`: how much faster speculation is on this machine, task by task."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline.cli import options
+from paceline.errors import PacelineError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from paceline.bench.spec import ChatModel, Measured, Question, Ratio, Row
+    from paceline.config import SamplingParams
+    from paceline.model.loader import LoadedModel
+
+COLUMNS = (
+    "tokens\nper s",
+    "speedup",
+    "95%\ninterval",
+    "with\nprefill",
+    "accepted\nlength",
+    "drafts\naccepted",
+    "same\noutput",
+)
+DEFAULTS = {"temperature": 0.0, "max_tokens": 128, "seed": 0}
+
+EPILOG = """\
+examples:
+  paceline bench spec smollm2-135m --speculation auto
+  paceline bench spec smollm2-135m --speculation auto ngram:k=4 recycling --limit 2 --json spec.json
+  paceline bench spec smollm2-135m --speculation auto --questions spec_bench.jsonl --limit 10 --repeats 2
+
+`none` is always measured as well; every setting is an engine of its own, and all share the weights.
+A question file has one object a line, as in Spec-Bench:
+  {"question_id": 1, "category": "qa", "turns": ["..."]}
+--json FILE also draws a chart beside it (FILE with .png). Ctrl-C stops early and reports what was measured.
+"""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command and its subcommands."""
+    bench = subparsers.add_parser(
+        "bench",
+        help="measure on this machine",
+        description="Measure on this machine.",
+        usage="paceline bench KIND ...",
+    )
+    kinds = bench.add_subparsers(title="kinds", metavar="KIND", required=True)
+    parser = kinds.add_parser(
+        "spec",
+        help="speculation against none, task by task",
+        description="Speedup over no speculation and mean accepted length per task, with 95% intervals, and "
+        "whether the output is the same.",
+        usage="paceline bench spec MODEL --speculation SPEC [SPEC ...] [options]",
+        epilog=EPILOG,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, hub id or built-in name (smollm2-135m)")
+    parser.add_argument("--speculation", nargs="+", metavar="SPEC", required=True, help="settings to compare with none")
+    parser.add_argument("--questions", metavar="FILE", help="question file (default: a small set of our own)")
+    parser.add_argument("--limit", type=_count, metavar="N", help="most questions per task (default: all)")
+    parser.add_argument("--turns", type=_count, default=1, metavar="N", help="turns per question (default: 1)")
+    parser.add_argument("--repeats", type=_count, default=1, metavar="N", help="times to ask everything (default: 1)")
+    options.add_json_option(parser, "write all numbers as JSON to FILE (and a chart beside it), or to stdout")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the chart to this file")
+    options.add_sampling_options(parser, DEFAULTS)
+    options.add_engine_options(parser, speculation=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from paceline.bench import spec
+
+    specs = [spec.BASELINE, *dict.fromkeys(s for s in args.speculation if s != spec.BASELINE)]
+    engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": spec.BASELINE}))
+    for text in specs:
+        options.check_engine({**engine, "speculation": text})
+    params = options.sampling_params(args)
+    plot = args.plot or (str(Path(args.json).with_suffix(".png")) if args.json not in (None, "-") else None)
+    options.check_writable(args.json, "--json")
+    options.check_writable(plot, "--plot")
+    source = args.questions or spec.builtin_questions()
+    lines = options.read_jsonl(source, "--questions")
+    questions = spec.parse_questions(lines, limit=args.limit, name="--questions")
+    console = options.stderr_console()
+    measured: list[Measured] = []
+    stopped: BaseException | None = None
+    with contextlib.ExitStack() as stack:
+        engines: dict[str, Any] = {}
+        model: Any = args.model
+        for text in specs:
+            llm = options.open_llm(model, {**engine, "speculation": text}, console)
+            engines[text] = stack.enter_context(llm)
+            model = llm.loaded  # the weights are there once, whatever the number of engines
+        host = host_info(model)
+        try:
+            for item in _measure(engines, questions, params, args, console):
+                measured.append(item)
+        except (KeyboardInterrupt, PacelineError) as error:
+            stopped = error
+    rows = spec.summarise(measured, specs)
+    settings = {name: getattr(args, name) for name in ("model", "repeats", "turns", "rule", "tree")}
+    result = {
+        **settings,
+        "complete": stopped is None,
+        "sampling": dataclasses.asdict(params),
+        "host": host,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "answers": [dataclasses.asdict(item) for item in measured],
+    }
+    report(result, rows, args.json, plot)
+    if stopped is not None:
+        raise stopped
+    return 0
+
+
+def _measure(
+    engines: dict[str, ChatModel],
+    questions: Sequence[Question],
+    params: SamplingParams,
+    args: argparse.Namespace,
+    console: Console,
+) -> Iterator[Measured]:
+    """Measure behind a progress bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from paceline.bench import spec
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A slow refresh: drawing takes time on a machine whose time is being measured.
+    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bar:
+        task = bar.add_task("warm-up", total=len(questions) * args.repeats * len(engines))
+        spec.warm_up(engines, questions[0], params)
+        for item in spec.measure(engines, questions, params, turns=args.turns, repeats=args.repeats):
+            yield item
+            bar.update(task, advance=1, description=item.category)
+
+
+def report(result: dict[str, Any], rows: Sequence[Row], json_path: str | None, plot: str | None) -> None:
+    """Write the JSON and the chart, and print the table (to stderr when the JSON goes to stdout)."""
+    if json_path is not None:
+        options.write_json(result, json_path)
+    console = options.stderr_console() if json_path == "-" else options.stdout_console()
+    if not rows:
+        console.print("Nothing was measured.")
+        return
+    console.print(table(rows), soft_wrap=False)
+    console.print(note(result, rows), style="dim")
+    if plot is not None:
+        draw(rows, plot, f"{result['model']} · {result['host']['dtype']} · {result['host']['device']}")
+        console.print(f"Chart: {plot}", style="dim")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as a table; cells where speculation loses are red."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("task", "speculation"):
+        result.add_column(name, overflow="fold")
+    for name in COLUMNS:
+        result.add_column(name, justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        first = i == 0 or rows[i - 1].category != row.category
+        last = i + 1 == len(rows) or rows[i + 1].category != row.category
+        result.add_row(row.category.replace("_", " ") if first else "", row.spec, *_cells(row), end_section=last)
+    return result
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = row.speedup.low, row.speedup.high
+    is_base = row.spec == "none"
+    interval = "–" if low is None or high is None else _red(f"{low:.2f}–{high:.2f}", high < 1)
+    return [
+        f"{row.tokens_per_second:.1f}",
+        _times(row.speedup),
+        "" if is_base else interval,
+        _times(row.speedup_total),
+        f"{row.mean_accepted_length:.2f}",
+        f"{row.accepted_tokens}/{row.draft_tokens}" if row.draft_tokens else "–",
+        "" if is_base else _red(f"{row.same_output}/{row.compared}", row.same_output < row.compared),
+    ]
+
+
+def _times(ratio: Ratio) -> str:
+    return "–" if ratio.value is None else _red(f"{ratio.value:.2f}x", ratio.value < 1)
+
+
+def _red(text: str, losing: bool) -> str:
+    return f"[red]{text}[/red]" if losing else text
+
+
+def note(result: dict[str, Any], rows: Sequence[Row]) -> str:
+    """What the table does not say by itself."""
+    questions = max(row.questions for row in rows)
+    lines = [
+        f"{result['model']}, {result['host']['dtype']}, {result['host']['device']}; {questions} questions, "
+        f"{result['repeats']} repeat(s), one request at a time. Speedups compare pooled tokens per second; "
+        "intervals are bootstraps over questions."
+    ]
+    if not result["complete"]:
+        lines.append("Stopped early: only questions answered with every setting are counted.")
+    if any(row.same_output < row.compared for row in rows) and result["host"]["dtype"] != "float32":
+        lines.append("In bfloat16 rounding depends on the batch's shape and can tip near ties; try --dtype float32.")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], path: str, title: str) -> None:
+    """A bar chart: speedup over `none` per task and setting, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.spec != "none"]
+    tasks, specs = list(dict.fromkeys(r.category for r in shown)), list(dict.fromkeys(r.spec for r in shown))
+    figure, axes = pyplot.subplots(figsize=(min(4 + 0.5 * len(shown), 13), 4.2), layout="constrained")
+    width = 0.8 / max(len(specs), 1)
+    for k, spec in enumerate(specs):
+        for row in (r for r in shown if r.spec == spec):
+            _bar(axes, tasks.index(row.category) - 0.4 + width * (k + 0.5), width * 0.92, row, f"C{k}")
+        axes.bar([0], [0], color=f"C{k}", label=spec)  # the legend's entry
+    axes.axhline(1.0, color="0.3", linewidth=1, linestyle="--", label="no speculation")
+    axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], rotation=20, ha="right")
+    axes.set_ylabel("speedup, decode tokens/s")
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper right", bbox_to_anchor=(1.0, 1.1))
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _bar(axes: Any, x: float, width: float, row: Row, color: str) -> None:
+    value, low, high = row.speedup.value, row.speedup.low, row.speedup.high
+    if value is None:
+        return
+    axes.bar(x, value, width=width, color=color)
+    if low is not None and high is not None:
+        axes.errorbar(x, value, yerr=[[value - low], [high - value]], color="0.25", linewidth=1, capsize=2)
+    top = max(value, high or value)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
+    at = {"xytext": (0, 3), "textcoords": "offset points"}
+    axes.annotate(f"{value:.2f}", (x, max(value, high or value)), ha="center", fontsize=7, bbox=box, **at)
+
+
+def host_info(model: LoadedModel) -> dict[str, Any]:
+    """The machine and the software, for the record."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"{_cpu_model()}, {cores} cores"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "versions": {name: options.package_version(name) for name in ("paceline", "torch", "transformers")},
+        "command": shlex.join(["paceline", *sys.argv[1:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

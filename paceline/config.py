@@ -1,0 +1,223 @@
+"""Configuration: frozen dataclasses that are checked once, where they are made.
+
+Command-line defaults come from these classes; nothing is changed after construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from paceline.errors import ConfigError, SamplingParamsError
+
+MAX_N = 128
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How one engine runs.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field.
+    """
+
+    dtype: str = "auto"
+    """`auto` (bf16 where the hardware has it, else fp32), `float32` or `bfloat16`."""
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; None takes the model's own limit, cut to what the KV cache holds."""
+    max_num_seqs: int = 64
+    """Most requests that run in one step."""
+    max_num_batched_tokens: int = 512
+    """Most committed tokens (prompt chunks and decode roots) in one step; draft tokens come on top."""
+    kv_cache_memory: int | None = None
+    """Bytes for the target's KV cache; None takes a fixed share of the free memory."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    enable_prefix_caching: bool = True
+    """Keep the KV of finished requests for later ones with the same beginning and the same salt."""
+    speculation: str = "auto"
+    """`none`, `auto` or `drafter[:key=value,...][+drafter...][@policy]`."""
+    rule: str = "coupled"
+    """Acceptance rule: `coupled` or `rejection`."""
+    tree: str = "auto"
+    """`auto` (each drafter's own shape, a chain under `rejection`), `chain` or `static`."""
+    num_threads: int | None = None
+    """CPU threads for the network; None leaves PyTorch's choice."""
+    trust_remote_code: bool = False
+    """Run modelling code that ships with a checkpoint. Off: such checkpoints are refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            _require(getattr(self, name) >= 1, ConfigError, name, "must be at least 1.")
+        for name in ("max_model_len", "kv_cache_memory", "num_threads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, ConfigError, name, "must be at least 1.")
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16"),
+            ConfigError,
+            "dtype",
+            f"is {self.dtype!r}; take auto, float32 or bfloat16.",
+        )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Build a config from a mapping.
+
+        Raises:
+            ConfigError: a key is not a field of this class; the message lists the fields.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown engine option(s) {', '.join(unknown)}.",
+                field=unknown[0],
+                fix=f"Known options: {', '.join(sorted(known))}.",
+            )
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it stops.
+
+    Order of the options: penalties and logit bias, `min_tokens` mask, temperature, top-k, top-p (on what top-k left,
+    renormalised), min-p. Log-probabilities are those of the raw logits, before any option.
+
+    Raises:
+        SamplingParamsError: a value is out of range; the message names the field.
+    """
+
+    max_tokens: int = 256
+    """Most new tokens."""
+    min_tokens: int = 0
+    """No stop token may be sampled and no stop string ends the text before this many new tokens."""
+    n: int = 1
+    """Independent samples of the same prompt."""
+    temperature: float = 1.0
+    """0 is greedy; ties go to the lowest token id."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 turns it off."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens whose probability reaches this sum."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit once per occurrence in the output."""
+    repetition_penalty: float = 1.0
+    """Divides positive (multiplies negative) logits of tokens in prompt or output (Keskar et al. 2019)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> value added to its logit."""
+    seed: int | None = None
+    """Same seed, same text. None takes fresh entropy, echoed in the result."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the output, beside the model's own."""
+    ignore_eos: bool = False
+    """Do not end at the model's end-of-sequence tokens."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens; such a request takes no prefix-cache hits."""
+    prediction: str | None = None
+    """Text that the caller expects back: a free draft (as in OpenAI's `prediction`)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _as_tuple(self.stop, str))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int))
+        for name, low, high in (
+            ("max_tokens", 1, None),
+            ("min_tokens", 0, None),
+            ("n", 1, MAX_N),
+            ("temperature", 0.0, 100.0),
+            ("top_k", 0, None),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("seed", 0, 2**64 - 1),
+        ):
+            _check_range(name, getattr(self, name), low, high)
+        _require(
+            _is_number(self.top_p) and 0.0 < self.top_p <= 1.0,
+            SamplingParamsError,
+            "top_p",
+            "must be in (0, 1].",
+        )
+        _require(
+            _is_number(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 10.0,
+            SamplingParamsError,
+            "repetition_penalty",
+            "must be in (0, 10].",
+        )
+        _require(
+            self.min_tokens <= self.max_tokens,
+            SamplingParamsError,
+            "min_tokens",
+            "must not exceed max_tokens.",
+        )
+        _require(all(self.stop), SamplingParamsError, "stop", "must not contain an empty string.")
+        for token, bias in self.logit_bias.items():
+            _require(
+                isinstance(token, int) and token >= 0 and _is_number(bias) and -100.0 <= bias <= 100.0,
+                SamplingParamsError,
+                "logit_bias",
+                "must map token ids to values between -100 and 100.",
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether logits are changed before temperature, so that a plain argmax of the row is not enough."""
+        return bool(
+            self.logit_bias
+            or self.min_tokens
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1.0
+        )
+
+
+def _require(ok: bool, error: type[ConfigError] | type[SamplingParamsError], name: str, message: str) -> None:
+    if not ok:
+        raise error(message, field=name)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
+    if value is None and name in ("logprobs", "prompt_logprobs", "seed"):
+        return
+    bound = f"at least {low}" if high is None else f"between {low} and {high}"
+    whole = isinstance(low, int)
+    fits = _is_number(value) and value >= low and (high is None or value <= high)
+    if not fits or (whole and not isinstance(value, int)):
+        kind = "a whole number" if whole else "a number"
+        raise SamplingParamsError(f"is {value!r}; it must be {kind} {bound}.", field=name)
+
+
+def _as_tuple(value: Any, kind: type) -> tuple[Any, ...]:
+    if isinstance(value, kind):
+        return (value,)
+    if value is None:
+        return ()
+    items = tuple(value)
+    if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
+        name = "stop" if kind is str else "stop_token_ids"
+        raise SamplingParamsError(f"must hold {kind.__name__} values only.", field=name)
+    return items

@@ -1,0 +1,76 @@
+"""The drafter protocol: anything that proposes tokens.
+
+A drafter sees committed tokens only and never decides how long to look ahead; the plan does. What it offers beside
+tokens is a *confidence class* per node (a small integer, `key`); how often nodes of that class are accepted is
+measured outside, so a drafter cannot be overconfident for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from paceline.engine.request import Request
+from paceline.engine.sampling import Law
+from paceline.engine.types import FloatArray, IntArray, Observation, Tap
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What one request asks of a drafter: at most `budget` nodes after its committed tokens."""
+
+    request: Request
+    budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A draft tree as its drafter made it (the conventions of `engine.types`).
+
+    `laws` (one per node) marks tokens *sampled* from draft laws; without it they were chosen deterministically.
+    """
+
+    tokens: IntArray  # [n]
+    parents: IntArray  # [n]
+    key: IntArray  # [n]
+    laws: tuple[Law, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+_NO_NODES = np.empty(0, dtype=np.int64)
+NOTHING = Proposal(_NO_NODES, _NO_NODES, _NO_NODES)
+
+
+def chain(tokens: Sequence[int], key: Sequence[int], laws: tuple[Law, ...] | None = None) -> Proposal:
+    """A proposal without branches."""
+    n = len(tokens)
+    return Proposal(np.asarray(tokens, dtype=np.int64), np.arange(-1, n - 1), np.asarray(key, dtype=np.int64), laws)
+
+
+class Drafter(Protocol):
+    """One drafting method. All state it keeps per request is dropped by `forget`."""
+
+    name: str
+    taps: frozenset[Tap]
+    """What it wants to observe."""
+    prior: FloatArray
+    """First guess of the acceptance probability of each confidence class.  # [num_keys]"""
+    cost_per_token: bool
+    """Whether drafting takes forwards of its own (a draft model), so that its length must be planned."""
+
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
+        """One proposal per context; `NOTHING` where it has no guess."""
+        ...
+
+    def observe(self, observation: Observation) -> None:
+        """Learn from a committed step."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """Drop the request's state."""
+        ...

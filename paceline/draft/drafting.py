@@ -1,0 +1,82 @@
+"""The draft stage: ask the planned drafters and make one tree per request.
+
+A drafter that raises loses this step's proposals and is left out from then on; the requests go on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from paceline.draft.base import DraftContext, Drafter, Proposal
+from paceline.draft.tree import build, merge
+from paceline.engine.request import Request
+from paceline.engine.types import EMPTY_TREE, DraftBatch, DraftTree, Observation, ScheduledBatch, SpecPlan
+
+logger = logging.getLogger(__name__)
+
+
+class Drafting:
+    """Runs drafters by name.
+
+    Args:
+        drafters: in order of preference.
+        merge_trees: unite the proposals of several drafters; otherwise the first that proposes anything is taken
+            (which one that is depends on committed tokens alone).
+    """
+
+    def __init__(self, drafters: Mapping[str, Drafter], *, merge_trees: bool) -> None:
+        self.drafters = dict(drafters)
+        self._all = tuple(drafters.values())
+        self._merge = merge_trees
+
+    def draft(self, batch: ScheduledBatch, plan: SpecPlan) -> DraftBatch:
+        """One tree per sampling request, inside the plan's budgets."""
+        proposals: dict[str, list[Proposal]] = {}
+        seconds: dict[str, float] = {}
+        for name in plan.drafters:
+            if name in self.drafters:
+                started = time.perf_counter()
+                proposals[name] = self._ask(self.drafters[name], batch, plan)
+                seconds[name] = time.perf_counter() - started
+        trees = tuple(
+            self._tree([(name, found[i]) for name, found in proposals.items() if found], plan)
+            for i in range(len(batch.sampling))
+        )
+        return DraftBatch(trees, seconds)
+
+    def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
+        limit = plan.limits.get(drafter.name)
+        contexts = [
+            DraftContext(item.request, budget if limit is None else min(budget, limit))
+            for item, budget in zip(batch.sampling, plan.budgets, strict=True)
+        ]
+        try:
+            return list(drafter.propose(contexts))
+        except Exception:
+            logger.exception("drafter %s failed and is left out from now on", drafter.name)
+            del self.drafters[drafter.name]
+            return []
+
+    def _tree(self, proposals: list[tuple[str, Proposal]], plan: SpecPlan) -> DraftTree:
+        if self._merge:
+            return merge(proposals, plan.acceptance)
+        for name, proposal in proposals:
+            if len(proposal):
+                return build(name, proposal, plan.acceptance[name])
+        return EMPTY_TREE
+
+    def observe(self, observation: Observation) -> None:
+        """Show a committed step to every drafter."""
+        for name, drafter in list(self.drafters.items()):
+            try:
+                drafter.observe(observation)
+            except Exception:
+                logger.exception("drafter %s failed to observe and is left out from now on", name)
+                del self.drafters[name]
+
+    def forget(self, request: Request) -> None:
+        """Drop a finished request's state."""
+        for drafter in self._all:
+            drafter.forget(request)

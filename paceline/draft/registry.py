@@ -1,0 +1,84 @@
+"""Drafters by name. A new drafter is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from paceline.draft.base import Drafter
+from paceline.errors import SpeculationSpecError
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterEntry:
+    """Where a drafter lives and what it takes.
+
+    `options` maps the spec's keys to their types; `needs` names what the engine hands over at construction.
+    """
+
+    path: str
+    most: int
+    """Default cap of its length under a planning policy."""
+    options: Mapping[str, Callable[[str], Any]]
+    needs: tuple[str, ...] = ()
+
+
+DRAFTERS: dict[str, DrafterEntry] = {
+    "ngram": DrafterEntry("paceline.draft.ngram:NgramDrafter", 16, {"lookup_max": int, "lookup_min": int}),
+    "prediction": DrafterEntry("paceline.draft.prediction:PredictionDrafter", 32, {}),
+    "recycling": DrafterEntry("paceline.draft.recycling:RecyclingDrafter", 32, {}, ("vocab_size", "chain")),
+    "draft": DrafterEntry(
+        "paceline.draft.model_drafter:ModelDrafter",
+        8,
+        {"model": str},
+        ("runner", "blocks", "vocab_size", "coupled"),
+    ),
+}
+
+
+def entry(name: str) -> DrafterEntry:
+    """The entry of a drafter.
+
+    Raises:
+        SpeculationSpecError: there is none of that name.
+    """
+    if name not in DRAFTERS:
+        raise SpeculationSpecError(
+            f"unknown drafter {name!r}.",
+            field="speculation",
+            fix=f"Known drafters: {', '.join(sorted(DRAFTERS))}.",
+        )
+    return DRAFTERS[name]
+
+
+def parse_options(name: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Typed options of a drafter.
+
+    Raises:
+        SpeculationSpecError: an unknown key or a value of the wrong type.
+    """
+    known = entry(name).options
+    parsed: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in known:
+            extra = ", ".join(("k", "max", *sorted(known)))
+            raise SpeculationSpecError(
+                f"drafter {name} has no option {key!r}.", field="speculation", fix=f"It takes: {extra}."
+            )
+        try:
+            parsed[key] = known[key](value)
+        except ValueError as error:
+            raise SpeculationSpecError(f"{name}:{key}={value!r} is not a whole number.", field="speculation") from error
+    return parsed
+
+
+def create(name: str, options: Mapping[str, Any], supplies: Mapping[str, Any]) -> Drafter:
+    """Build a drafter from its own options and what the engine supplies."""
+    found = entry(name)
+    module, _, attribute = found.path.partition(":")
+    drafter: Drafter = getattr(import_module(module), attribute)(
+        **options, **{need: supplies[need] for need in found.needs}
+    )
+    return drafter

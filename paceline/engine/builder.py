@@ -1,0 +1,208 @@
+"""Puts an engine together from a config and a loaded model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from paceline.cache.block_manager import BlockManager
+from paceline.cache.paged_kv import PagedKV
+from paceline.config import EngineConfig
+from paceline.draft import registry as drafters
+from paceline.draft.base import Drafter
+from paceline.draft.drafting import Drafting
+from paceline.engine.commit import Committer
+from paceline.engine.engine import Engine, Stages
+from paceline.engine.profile import measure_step_time
+from paceline.errors import ConfigError, SpeculationSpecError
+from paceline.model.loader import LoadedModel, load_model
+from paceline.model.packed_linear import pack_linears
+from paceline.model.runner import ModelRunner, kv_shape
+from paceline.plan.base import DrafterLimits, LengthPolicy
+from paceline.plan.registry import POLICIES, create_policy
+from paceline.plan.spec import SpeculationSpec, parse_speculation
+from paceline.plan.survival import AcceptanceEstimates
+from paceline.schedule.scheduler import Scheduler
+from paceline.verify.base import AcceptanceRule
+from paceline.verify.registry import create_rule
+from paceline.verify.verifier import Verifier
+
+logger = logging.getLogger(__name__)
+_TREES = ("auto", "chain", "static")
+_CPU_KV_BYTES = 1 << 30
+_CUDA_KV_SHARE = 0.8
+"""Of the memory that is free after loading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """A checked speculation setting."""
+
+    spec: SpeculationSpec
+    rule: AcceptanceRule
+    chain: bool
+
+
+def check_speculation(config: EngineConfig) -> Speculation:
+    """Parse and check everything about speculation that needs no model.
+
+    Raises:
+        SpeculationSpecError: the spec cannot be read, or names an unknown drafter, policy or option.
+        ConfigError: an unknown rule or tree, or a rule that the tree forbids.
+    """
+    spec = parse_speculation(config.speculation)
+    rule = create_rule(config.rule)
+    if config.tree not in _TREES:
+        raise ConfigError(f"unknown tree {config.tree!r}.", field="tree", fix=f"Known trees: {', '.join(_TREES)}.")
+    if config.tree == "static" and not rule.allows_trees:
+        raise ConfigError(
+            f"rule {rule.name} walks a chain and cannot verify a tree.",
+            field="tree",
+            fix="Use --tree chain with it, or --rule coupled with the tree.",
+        )
+    for drafter in spec.drafters:
+        options = drafters.parse_options(drafter.name, drafter.options)
+        if drafter.name == "draft" and "model" not in options:
+            raise SpeculationSpecError(
+                "drafter draft needs a model.", field="speculation", fix="Write draft:model=PATH_OR_NAME."
+            )
+    if spec.drafters and spec.policy not in POLICIES:
+        create_policy(spec.policy, (), AcceptanceEstimates({}), _no_measure)
+    return Speculation(spec, rule, chain=config.tree == "chain" or not rule.allows_trees)
+
+
+def build_engine(
+    config: EngineConfig, loaded: LoadedModel, on_progress: Callable[[str], None] = lambda _: None
+) -> Engine:
+    """An engine ready for requests.
+
+    Raises:
+        ConfigError: the KV cache cannot hold one full sequence.
+    """
+    speculation = check_speculation(config)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    runner, blocks, max_model_len = _runner(config, loaded, max_model_len, config.max_model_len is not None)
+    vocab_size = int(loaded.config.vocab_size)
+    made = _drafters(config, speculation, loaded, vocab_size, on_progress)
+    policy = _policy(speculation.spec, made, runner, blocks, max_model_len, on_progress)
+    stages = Stages(
+        scheduler=Scheduler(
+            blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        ),
+        policy=policy,
+        drafting=Drafting(made, merge_trees=speculation.rule.allows_trees and config.tree != "chain"),
+        verifier=Verifier(runner),
+        rule=speculation.rule,
+        committer=Committer(runner.kv, blocks, loaded.tokenizer, loaded.eos_token_ids, max_model_len),
+    )
+    return Engine(
+        stages,
+        runner,
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+    )
+
+
+def _runner(
+    config: EngineConfig, loaded: LoadedModel, max_model_len: int, length_is_wanted: bool
+) -> tuple[ModelRunner, BlockManager, int]:
+    """A runner with a cache that holds at least one full sequence; returns the length that fits, too."""
+    if loaded.device.type == "cpu":
+        pack_linears(loaded.model)
+    shape = kv_shape(loaded.config, loaded.dtype)
+    per_block = shape.bytes_per_token * config.block_size
+    needed = -(-max_model_len // config.block_size)
+    budget = config.kv_cache_memory or _default_kv_bytes(loaded.device, needed * per_block)
+    num_blocks = min(budget // per_block, needed * config.max_num_seqs)
+    if num_blocks < needed:
+        fits = num_blocks * config.block_size
+        if length_is_wanted or fits < 2 * config.block_size:
+            raise ConfigError(
+                f"{budget >> 20} MiB hold {fits} tokens, and one sequence may have {max_model_len}.",
+                field="kv_cache_memory",
+                fix=f"Give at least {needed * per_block} bytes, or lower max_model_len to {fits}.",
+            )
+        max_model_len = fits
+    kv = PagedKV(shape, num_blocks, config.block_size, loaded.device)
+    blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
+    return ModelRunner(loaded.model, kv, loaded.device), blocks, max_model_len
+
+
+def _default_kv_bytes(device: torch.device, one_sequence: int) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(max(_CPU_KV_BYTES, one_sequence), available // 2)
+
+
+def _drafters(
+    config: EngineConfig,
+    speculation: Speculation,
+    loaded: LoadedModel,
+    vocab_size: int,
+    on_progress: Callable[[str], None],
+) -> dict[str, Drafter]:
+    made: dict[str, Drafter] = {}
+    for wanted in speculation.spec.drafters:
+        options = drafters.parse_options(wanted.name, wanted.options)
+        supplies: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "chain": speculation.chain,
+            "coupled": speculation.rule.shares_noise,
+        }
+        if "runner" in drafters.entry(wanted.name).needs:
+            draft = _load_draft(options.pop("model"), config, loaded, on_progress)
+            supplies["runner"], supplies["blocks"], _ = _runner(config, draft, draft.max_model_len, False)
+        made[wanted.name] = drafters.create(wanted.name, options, supplies)
+    return made
+
+
+def _load_draft(
+    model: str, config: EngineConfig, target: LoadedModel, on_progress: Callable[[str], None]
+) -> LoadedModel:
+    """Load a draft model and refuse one whose tokens mean something else."""
+    on_progress(f"loading draft model {model}")
+    name = "float32" if target.dtype == torch.float32 else "bfloat16"
+    draft = load_model(model, dtype=name, device=str(target.device), trust_remote_code=config.trust_remote_code)
+    if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
+        raise SpeculationSpecError(
+            f"draft model {model} has another tokenizer than the target.",
+            field="speculation",
+            fix="Choose a draft of the same model family, or a drafter that needs no model (ngram, recycling).",
+        )
+    return draft
+
+
+def _policy(
+    spec: SpeculationSpec,
+    made: dict[str, Drafter],
+    runner: ModelRunner,
+    blocks: BlockManager,
+    max_model_len: int,
+    on_progress: Callable[[str], None],
+) -> LengthPolicy | None:
+    if not spec.drafters:
+        return None
+    limits = [
+        DrafterLimits(d.name, d.k or d.maximum or drafters.entry(d.name).most, made[d.name].cost_per_token)
+        for d in spec.drafters
+    ]
+    estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()})
+    return create_policy(
+        spec.policy,
+        limits,
+        estimates,
+        lambda: measure_step_time(runner, blocks, max_model_len, on_progress),
+    )
+
+
+def _no_measure() -> Any:
+    raise AssertionError("an unknown policy is refused before anything is measured")

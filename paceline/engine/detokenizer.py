@@ -1,0 +1,72 @@
+"""Tokens to text, one token at a time, with stop strings.
+
+Text is released only when it can no longer become part of a stop string or of an unfinished character, so what was
+streamed is never taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """The text of one request.
+
+    Args:
+        tokenizer: a `transformers` tokenizer with a fast backend.
+        stop: strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._longest = max((len(s) for s in stop), default=0)
+        self._text = ""
+        self._released = 0
+
+    @property
+    def released(self) -> str:
+        """Everything released so far."""
+        return self._text[: self._released]
+
+    def push(self, token: int, *, check_stop: bool = True) -> tuple[str, bool]:
+        """Add a token.
+
+        Returns:
+            The text it releases, and whether a stop string is complete (the text then ends before it).
+        """
+        before = len(self._text)
+        self._text += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        if not self._stop:
+            return self._release(len(self._text)), False
+        if check_stop:
+            start = max(0, before - self._longest + 1)
+            hits = [at for at in (self._text.find(s, start) for s in self._stop) if at >= 0]
+            if hits:
+                self._text = self._text[: max(min(hits), self._released)]
+                return self._release(len(self._text)), True
+        return self._release(len(self._text) - self._held()), False
+
+    def flush(self, output_ids: Sequence[int]) -> str:
+        """Release what was held back, at the end of a request that no stop string ended."""
+        full = self._tokenizer.decode(list(output_ids), skip_special_tokens=True)
+        if full.startswith(self.released):
+            self._text = full
+        return self._release(len(self._text))
+
+    def _release(self, end: int) -> str:
+        piece = self._text[self._released : end]
+        self._released = max(self._released, end)
+        return piece
+
+    def _held(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        for length in range(min(self._longest - 1, len(self._text)), 0, -1):
+            tail = self._text[-length:]
+            if any(s.startswith(tail) for s in self._stop):
+                return length
+        return 0

@@ -1,0 +1,191 @@
+"""The engine: a loop over one step, and the only place that knows the order of the stages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.draft.drafting import Drafting
+from paceline.engine.commit import Committer
+from paceline.engine.feedback import observations, step_stats
+from paceline.engine.request import FinishReason, Request
+from paceline.engine.types import (
+    EMPTY_TREE,
+    DraftBatch,
+    InFlight,
+    RequestOutput,
+    ScheduledBatch,
+    StepOutput,
+    StepStats,
+    Tap,
+)
+from paceline.errors import PromptTooLongError, RequestError
+from paceline.model.runner import ModelRunner
+from paceline.plan.base import PLAIN, LengthPolicy
+from paceline.plan.trim import trim
+from paceline.schedule.scheduler import Scheduler
+from paceline.verify.accept import accept
+from paceline.verify.base import AcceptanceRule
+from paceline.verify.verifier import Verifier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What a step is made of."""
+
+    scheduler: Scheduler
+    policy: LengthPolicy | None
+    drafting: Drafting
+    verifier: Verifier
+    rule: AcceptanceRule
+    committer: Committer
+
+
+class Engine:
+    """Runs requests. Not thread-safe: one thread adds, aborts and steps.
+
+    Args:
+        stages: the stages of a step; without a policy no draft work is done at all.
+        runner: the target (for its timings and vocabulary).
+        max_model_len: longest sequence.
+        vocab_size: tokens the target can emit.
+        eos_token_ids: the model's end tokens.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        runner: ModelRunner,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.stages = stages
+        self.runner = runner
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.last_stats: StepStats | None = None
+        self._requests: dict[str, Request] = {}
+        self._news: list[RequestOutput] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.stages.scheduler.has_work or bool(self._news)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            PromptTooLongError: no room for a single new token.
+            RequestError: an id twice, or a token outside the vocabulary.
+        """
+        if request.id in self._requests:
+            raise RequestError(f"{request.id!r} is running already.", field="request_id")
+        if not request.token_ids:
+            raise RequestError("is empty.", field="prompt", fix="Give at least one token.")
+        limit = min(self.max_model_len, self.stages.scheduler.blocks.num_blocks * self._block_size)
+        if request.prompt_len >= limit:
+            raise PromptTooLongError(
+                f"has {request.prompt_len} tokens, and prompt and output together may have {limit}.",
+                field="prompt",
+                fix="Shorten the prompt, or raise max_model_len if the model allows it.",
+            )
+        mentioned = {
+            "prompt": request.token_ids,
+            "logit_bias": request.params.logit_bias,
+            "stop_token_ids": request.params.stop_token_ids,
+        }
+        for field, tokens in mentioned.items():
+            if any(not 0 <= t < self.vocab_size for t in tokens):
+                raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
+        self._requests[request.id] = request
+        self.stages.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request; its blocks are free at once. Unknown and finished ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.finish_reason = FinishReason.ABORT
+            self._news.append(RequestOutput(request.id, finish_reason=FinishReason.ABORT))
+            self._forget(request)
+
+    def abort_all(self) -> None:
+        """Cancel everything; the next step reports it."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """Run one step of all requests that fit."""
+        news, self._news = tuple(self._news), []
+        started = time.perf_counter()
+        batch = self.stages.scheduler.schedule()
+        if not batch.items:
+            return StepOutput(news)
+        try:
+            output = self.collect(self.launch(batch, started))
+        except Exception as error:
+            logger.exception("a step failed; its %d request(s) end with an error", len(batch.items))
+            output = self._fail(batch, error)
+        if not self.stages.scheduler.has_work:
+            self.check()
+        return StepOutput(news + output.outputs)
+
+    def launch(self, batch: ScheduledBatch, started: float) -> InFlight:
+        """Everything up to acceptance: plan, draft, trim, verify, accept."""
+        stages = self.stages
+        plan = stages.policy.plan(batch, self.max_model_len) if stages.policy else PLAIN
+        if plan.looks_ahead:
+            drafted = stages.drafting.draft(batch, plan)
+            verified = stages.scheduler.reserve_drafts(batch, trim(drafted, plan))
+        else:
+            drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
+        scores = stages.verifier.verify(batch, verified)
+        acceptance = accept(stages.rule, batch, verified, scores, self.eos_token_ids)
+        return InFlight(batch, plan, drafted, verified, scores, acceptance, started, self.runner.last_seconds)
+
+    def collect(self, step: InFlight) -> StepOutput:
+        """Commit, tell plan and drafters, forget what is finished."""
+        stages = self.stages
+        outputs = stages.committer.commit(step, time.perf_counter())
+        if stages.policy is not None:
+            wanted = any(Tap.TOP_IDS in d.taps for d in stages.drafting.drafters.values())
+            for observation in observations(step, want_top_ids=wanted):
+                stages.drafting.observe(observation)
+        for item in step.batch.items:
+            if item.request.finished:
+                self._forget(item.request)
+        self.last_stats = step_stats(step, time.perf_counter() - step.started)
+        if stages.policy is not None:
+            stages.policy.learn(self.last_stats)
+        return StepOutput(outputs)
+
+    def check(self) -> None:
+        """Assert that no block is lost (called whenever the engine is idle)."""
+        self.stages.scheduler.blocks.check()
+        if not self.stages.scheduler.has_work:
+            used = self.stages.scheduler.blocks.counts().used
+            assert used == 0, f"{used} block(s) are held by nobody"
+
+    @property
+    def _block_size(self) -> int:
+        return self.stages.scheduler.blocks.block_size
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> StepOutput:
+        requests = [item.request for item in batch.items if item.request.id in self._requests]
+        outputs = tuple(self.stages.committer.fail(request, str(error)) for request in requests)
+        for request in requests:
+            self._forget(request)
+        return StepOutput(outputs)
+
+    def _forget(self, request: Request) -> None:
+        self._requests.pop(request.id, None)
+        self.stages.scheduler.finish(request)
+        self.stages.drafting.forget(request)
+        self.stages.committer.forget(request)

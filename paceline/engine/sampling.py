@@ -1,0 +1,177 @@
+"""Logits to probabilities: the one definition that target and drafters share, and the draw from it.
+
+Order: penalties and logit bias, the `min_tokens` mask, temperature, top-k, top-p (over what top-k left), min-p. The
+vocabulary is never sorted: thresholds found in one pass leave a short list, and only that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paceline.config import SamplingParams
+from paceline.engine.rng import uniforms
+from paceline.errors import RequestError
+
+_TOP_K_BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Law:
+    """A distribution over tokens as unnormalised log-probabilities.
+
+    `ids` lists the support in ascending order; None means the whole vocabulary, `logits[t]` being token t's.
+    """
+
+    logits: NDArray[np.floating]  # [num_support]
+    ids: NDArray[np.int64] | None = None  # [num_support]
+
+    @staticmethod
+    def point(token: int) -> Law:
+        """All mass on one token."""
+        return Law(np.zeros(1, dtype=np.float32), np.array([token], dtype=np.int64))
+
+    def probabilities(self, vocab_size: int) -> NDArray[np.float64]:
+        """The normalised law.  # [vocab_size]"""
+        weights = np.exp(self.logits.astype(np.float64) - float(self.logits.max()))
+        weights /= weights.sum()
+        if self.ids is None:
+            return weights
+        dense = np.zeros(vocab_size, dtype=np.float64)
+        dense[self.ids] = weights
+        return dense
+
+    def draw(self, words: NDArray[np.uint32]) -> int:
+        """The Gumbel-max sample under per-token noise `words [vocab]`; ties go to the lowest id.
+
+        Computed as an exponential race (argmin of E/w with E = -log u, w = exp(logit - max)), which has the same
+        winner. The likeliest token's finishing time bounds the others, and E >= 1 - u, so one fp32 pass leaves a
+        handful of tokens for the exact fp64 comparison.
+        """
+        best = int(self.logits.argmax())
+        if len(self.logits) == 1:
+            return best if self.ids is None else int(self.ids[0])
+        noise = words[: len(self.logits)] if self.ids is None else words[self.ids]
+        peak = float(self.logits[best])
+        bound = -np.log(float(uniforms(noise[best : best + 1])[0]))
+        reach = np.exp(self.logits - np.float32(peak))
+        reach *= np.float32(bound * 1.0001)
+        one_minus_u = np.invert(noise).astype(np.float32)
+        one_minus_u += np.float32(0.5)
+        one_minus_u *= np.float32(2.0**-32)
+        rivals = np.flatnonzero(one_minus_u <= reach)
+        times = -np.log(uniforms(noise[rivals])) / np.exp(self.logits[rivals].astype(np.float64) - peak)
+        winner = int(rivals[times.argmin()])
+        return winner if self.ids is None else int(self.ids[winner])
+
+
+def build_law(
+    row: NDArray[np.float32],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    stop_ids: Sequence[int] = (),
+) -> Law:
+    """The distribution of the next token.
+
+    Args:
+        row: raw logits.  # [vocab]
+        params: the request's options.
+        prompt: the prompt's tokens.
+        output: the tokens generated before this position: committed ones and the node's own path.
+        stop_ids: the tokens that would end the output, masked while `output` is shorter than `min_tokens`.
+
+    Raises:
+        RequestError: the logits hold no finite value.
+    """
+    if params.edits_logits:
+        row = edit_logits(row, params, prompt, output, stop_ids)
+    peak = float(row.max())
+    if not np.isfinite(peak):
+        raise RequestError("the model returned logits without a finite maximum.", field="logits")
+    if params.greedy:
+        return Law.point(int(row.argmax()))
+    law = Law(row if params.temperature == 1.0 else row / np.float32(params.temperature))
+    if 0 < params.top_k < len(row):
+        law = _keep_top_k(law, params.top_k)
+    if params.top_p < 1.0:
+        law = _keep_top_p(law, params.top_p)
+    if params.min_p > 0.0:
+        threshold = law.logits.max() + np.float32(np.log(params.min_p))
+        law = _subset(law, np.flatnonzero(law.logits >= threshold))
+    return law
+
+
+def edit_logits(
+    row: NDArray[np.float32],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    stop_ids: Sequence[int],
+) -> NDArray[np.float32]:
+    """A copy of the row with penalties, bias and the `min_tokens` mask applied.  # [vocab]"""
+    row = row.copy()
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.asarray([*prompt, *output], dtype=np.int64))
+        values = row[seen]
+        factor = np.float32(params.repetition_penalty)
+        row[seen] = np.where(values > 0, values / factor, values * factor)
+    if output and (params.presence_penalty or params.frequency_penalty):
+        seen, counts = np.unique(np.asarray(output, dtype=np.int64), return_counts=True)
+        row[seen] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+    for token, bias in params.logit_bias.items():
+        row[token] += np.float32(bias)
+    if len(output) < params.min_tokens:
+        row[list(stop_ids)] = -np.inf
+    return row
+
+
+def token_logprobs(
+    row: NDArray[np.float32], tokens: Sequence[int], top: int
+) -> tuple[list[float], list[tuple[int, float]]]:
+    """Log-probabilities under the raw logits: of `tokens`, and the `top` likeliest with their ids."""
+    wide = row.astype(np.float64)
+    peak = wide.max()
+    log_total = peak + np.log(np.exp(wide - peak).sum())
+    best = top_ids(row, top) if top else np.empty(0, dtype=np.int64)
+    return (
+        [float(wide[t] - log_total) for t in tokens],
+        [(int(t), float(wide[t] - log_total)) for t in best],
+    )
+
+
+def top_ids(row: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The k largest entries, largest first, ties by lowest id.  # [k]
+
+    The k-th largest maximum over blocks bounds the k-th largest entry from below, so few entries are sorted.
+    """
+    k = min(k, len(row))
+    usable = len(row) // _TOP_K_BLOCK * _TOP_K_BLOCK
+    candidates = np.arange(len(row))
+    if usable // _TOP_K_BLOCK >= 2 * k:
+        peaks = row[:usable].reshape(-1, _TOP_K_BLOCK).max(axis=1)
+        bound = np.partition(peaks, len(peaks) - k)[len(peaks) - k]
+        candidates = np.flatnonzero(row >= bound)
+    order = np.argsort(-row[candidates], kind="stable")[:k]
+    return candidates[order].astype(np.int64)
+
+
+def _keep_top_k(law: Law, k: int) -> Law:
+    return _subset(law, np.sort(top_ids(law.logits, k)))
+
+
+def _keep_top_p(law: Law, top_p: float) -> Law:
+    weights = np.exp(law.logits.astype(np.float64) - float(law.logits.max()))
+    total = float(weights.sum())
+    # Tokens below this weight sum to less than (1 - top_p) together, so none of them is needed to reach top_p.
+    candidates = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    needed = int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1
+    return _subset(law, np.sort(order[:needed]))
+
+
+def _subset(law: Law, index: NDArray[np.int64]) -> Law:
+    return Law(law.logits[index], index if law.ids is None else law.ids[index])

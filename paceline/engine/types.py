@@ -1,0 +1,353 @@
+"""The values that flow between the stages of a step.
+
+    schedule -> ScheduledBatch -> plan -> SpecPlan -> draft -> DraftBatch -> trim -> DraftBatch
+    -> verify -> TargetScores -> accept -> Acceptance -> commit -> StepOutput
+
+Two edges go backward: `StepStats` to the next plan and `Observation` to the drafters.
+
+Conventions, stated once:
+- the *root* of a request is its last committed token, whose KV is not computed yet; it is not a node of the tree;
+- draft nodes are numbered 0..n-1, every parent before its children; `parents[i] == -1` means "child of the root";
+- siblings stand in the order in which their drafter made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from paceline.engine.request import FinishReason, Request
+from paceline.engine.sampling import Law
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+class Tap(Enum):
+    """What of the target's forward a drafter may ask to see."""
+
+    TOP_IDS = "top_ids"
+    """The most likely token ids of every verified node."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """One request's share of a step: tokens `start .. start + num_tokens` of its committed sequence.
+
+    `samples` says that the share ends at the root, so that the step commits tokens for this request.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledBatch:
+    """Who runs in this step; the blocks for the committed tokens are allocated already."""
+
+    items: tuple[ScheduledRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens in the forward, draft nodes not counted."""
+        return sum(item.num_tokens for item in self.items)
+
+    @property
+    def sampling(self) -> tuple[ScheduledRequest, ...]:
+        """The requests that commit tokens in this step."""
+        return tuple(item for item in self.items if item.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrice:
+    """What a verification slot costs in this step.
+
+    `times[n]` is the expected time in seconds of a forward with n draft nodes, `goodput` the long-run number of
+    tokens committed per second: n nodes are worth verifying while their survival exceeds `goodput * extra time`.
+    """
+
+    times: FloatArray  # [bucket + 1]
+    goodput: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpecPlan:
+    """How far each sampling request may look ahead, and what a node is believed to be worth.
+
+    `budgets[i]` is the most nodes of the i-th request of `ScheduledBatch.sampling`; `drafters` are asked in this
+    order; `bucket` is the most nodes of the whole batch; `acceptance[drafter][key]` is the estimated probability
+    that a node of that confidence class is accepted when its parent was. Without `price` the first `bucket` nodes by
+    survival are verified whatever they cost. `limits[drafter]` is the most nodes that drafter may propose for one
+    request.
+    """
+
+    budgets: tuple[int, ...]
+    drafters: tuple[str, ...]
+    bucket: int
+    acceptance: Mapping[str, FloatArray]
+    limits: Mapping[str, int] = field(default_factory=dict)
+    price: StepPrice | None = None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """False selects the plain decode path."""
+        return self.bucket > 0 and any(self.budgets)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """One request's draft: a flat token tree (a chain is `parents = [-1, 0, 1, ...]`).
+
+    `drafter[i]` names who guessed node i and `key[i]` its confidence class there. `sampled` says whether the tokens
+    were drawn from `laws` (one draft law per node, of its parent's position) or chosen deterministically; rules
+    other than `coupled` rely on that claim.
+    """
+
+    tokens: IntArray  # [n]
+    parents: IntArray  # [n], -1 is the root
+    drafter: tuple[str, ...]  # [n]
+    key: IntArray  # [n]
+    survival: FloatArray  # [n], estimated probability that the node and all its ancestors are accepted
+    sampled: bool = False
+    laws: tuple[Law, ...] | None = None  # [n] when sampled
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def is_chain(self) -> bool:
+        """Whether every node is the only child of the one before it."""
+        return bool(np.array_equal(self.parents, np.arange(-1, len(self) - 1)))
+
+    def depths(self) -> IntArray:
+        """Depth of each node; children of the root have depth 1.  # [n]"""
+        depths = np.empty(len(self), dtype=np.int64)
+        for i, parent in enumerate(self.parents):
+            depths[i] = 1 if parent < 0 else depths[parent] + 1
+        return depths
+
+    def ancestor_mask(self) -> BoolArray:
+        """`mask[i, j]`: node j is node i or one of its ancestors.  # [n, n]"""
+        n = len(self)
+        mask = np.zeros((n, n), dtype=np.bool_)
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask[i] = mask[parent]
+            mask[i, i] = True
+        return mask
+
+    def children(self) -> list[list[int]]:
+        """Node ids by parent, sibling order kept; entry 0 is the root's, entry i + 1 node i's."""
+        kids: list[list[int]] = [[] for _ in range(len(self) + 1)]
+        for i, parent in enumerate(self.parents):
+            kids[int(parent) + 1].append(i)
+        return kids
+
+    def keep(self, nodes: IntArray) -> DraftTree:
+        """The subtree of `nodes` (ascending, ancestors included)."""
+        if len(nodes) == len(self):
+            return self
+        new_id = np.full(len(self) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself
+        new_id[nodes] = np.arange(len(nodes))
+        picked = nodes.tolist()
+        return DraftTree(
+            tokens=self.tokens[nodes],
+            parents=new_id[self.parents[nodes]],
+            drafter=tuple(self.drafter[i] for i in picked),
+            key=self.key[nodes],
+            survival=self.survival[nodes],
+            sampled=self.sampled,
+            laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
+        )
+
+
+EMPTY_TREE = DraftTree(
+    tokens=np.empty(0, dtype=np.int64),
+    parents=np.empty(0, dtype=np.int64),
+    drafter=(),
+    key=np.empty(0, dtype=np.int64),
+    survival=np.empty(0, dtype=np.float64),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBatch:
+    """One tree per sampling request of the step, in the order of `ScheduledBatch.sampling`."""
+
+    trees: tuple[DraftTree, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_nodes(self) -> int:
+        """Draft nodes of the whole batch."""
+        return sum(len(tree) for tree in self.trees)
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """The target's logits where they are needed.
+
+    `first_row[i]` is the row of the i-th sampling request's root; its nodes follow in order. Rows are brought to the
+    host once, on first use.
+    """
+
+    logits: torch.Tensor  # [num_rows, vocab]
+    first_row: tuple[int, ...]
+    prompt_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # request id -> [start, stop) rows
+
+    @cached_property
+    def host(self) -> NDArray[np.float32]:
+        """All rows in fp32 on the host.  # [num_rows, vocab]"""
+        rows: NDArray[np.float32] = self.logits.float().cpu().numpy()
+        return rows
+
+    @cached_property
+    def argmax(self) -> IntArray:
+        """Likeliest token of every row, ties to the lowest id.  # [num_rows]"""
+        if self.logits.is_cuda:
+            best: IntArray = self.logits.float().argmax(dim=-1).cpu().numpy()
+            return best
+        return np.asarray(self.host.argmax(axis=-1), dtype=np.int64)
+
+    @cached_property
+    def finite(self) -> BoolArray:
+        """Whether the row's likeliest token has a finite logit (NaN counts as likeliest).  # [num_rows]"""
+        if self.logits.is_cuda:
+            peaks = self.logits.float().amax(dim=-1).cpu().numpy()
+        else:
+            peaks = self.host[np.arange(len(self.host)), self.argmax]
+        return np.asarray(np.isfinite(peaks))
+
+    def top_ids(self, start: int, stop: int, k: int) -> IntArray:
+        """The k likeliest tokens of rows `start .. stop`, likeliest first, found on the device.  # [rows, k]
+
+        The k largest entries lie in the k blocks with the largest maxima, so few entries are sorted.
+        """
+        rows = self.logits[start:stop].float()
+        width = rows.shape[1]
+        block = 64
+        if width % block or width < 4 * k * block:
+            found: IntArray = rows.topk(min(k, width), dim=1).indices.cpu().numpy()
+            return found
+        blocks = rows.view(len(rows), -1, block)
+        best = blocks.amax(dim=2).topk(k, dim=1).indices  # [rows, k]
+        inside = blocks.gather(1, best[:, :, None].expand(-1, -1, block)).flatten(1)
+        place = inside.topk(k, dim=1).indices
+        ids: IntArray = (best.gather(1, place // block) * block + place % block).cpu().numpy()
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What an acceptance rule decided for one request.
+
+    `path` are the accepted nodes from the root down; `tokens` what is committed: the path's tokens and one token
+    more (bonus or recovered).
+    """
+
+    path: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """One walk per sampling request; None where that request failed (`errors` says why)."""
+
+    walks: tuple[Walk | None, ...]
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A launched step whose result has not been read."""
+
+    batch: ScheduledBatch
+    plan: SpecPlan
+    drafted: DraftBatch
+    verified: DraftBatch
+    scores: TargetScores
+    acceptance: Acceptance
+    started: float
+    forward_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one token under the raw logits, with the likeliest alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """News of one request after a step.
+
+    `drafters[i]` guessed `token_ids[i]` (None: the target's own token); `pieces[i]` is the text that this token
+    released, which is empty while a character or a possible stop string is incomplete.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
+    drafters: tuple[str | None, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text released in this step."""
+        return "".join(self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """All news of one step."""
+
+    outputs: tuple[RequestOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLabel:
+    """Whether a drafted node agreed with what was committed, given that its parent did."""
+
+    drafter: str
+    key: int
+    accepted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What the next plan learns from a step."""
+
+    num_tokens: int
+    num_draft_nodes: int
+    num_committed: int
+    num_sampling: int
+    forward_seconds: float
+    step_seconds: float
+    draft_seconds: Mapping[str, float]
+    draft_depths: Mapping[str, int]
+    """Longest path each drafter proposed: the number of its forwards if it is a model."""
+    labels: Sequence[NodeLabel]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a drafter may learn from one request's step."""
+
+    request: Request
+    committed: tuple[int, ...]
+    row_tokens: IntArray  # [num_rows] input token of the root and of every verified node
+    top_ids: IntArray | None = None  # [num_rows, k] when Tap.TOP_IDS was asked for

@@ -1,0 +1,262 @@
+"""Offline use: load a model once, generate, chat, stream."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from paceline.config import EngineConfig, SamplingParams
+from paceline.engine.builder import build_engine, check_speculation
+from paceline.engine.request import Request
+from paceline.engine.rng import fresh_seed
+from paceline.errors import RequestError, SamplingParamsError
+from paceline.model.loader import LoadedModel, load_model
+from paceline.outputs import Collector, Generation, StreamChunk
+
+logger = logging.getLogger(__name__)
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model with an engine.
+
+    Args:
+        model: built-in name, local folder, GGUF file or hub id; or an already `LoadedModel`, to share weights.
+        speculation: `none`, `auto` or a spec such as `ngram:k=4+recycling:k=16`.
+        on_progress: called with a short text at every stage of loading.
+        **options: fields of `EngineConfig`.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
+        ModelError: the model cannot be found or run.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel,
+        *,
+        speculation: str = "auto",
+        on_progress: Callable[[str], None] = lambda _: None,
+        **options: Any,
+    ) -> None:
+        self.config = EngineConfig.from_options({"speculation": speculation, **options})
+        check_speculation(self.config)
+        if isinstance(model, str):
+            on_progress(f"loading {model}")
+            model = load_model(
+                model,
+                dtype=self.config.dtype,
+                device=self.config.device,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+        self.loaded = model
+        self.engine = build_engine(self.config, model, on_progress)
+        self._ids = itertools.count()
+
+    @property
+    def model_name(self) -> str:
+        """The name the model was loaded by."""
+        return self.loaded.name
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's `transformers` tokenizer."""
+        return self.loaded.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        on_finished: Callable[[int], None] = lambda _: None,
+    ) -> list[Generation]:
+        """Complete prompts (texts or token ids), all in one continuous batch.
+
+        Args:
+            prompts: one or many.
+            params: one for all, or one per prompt; None takes the defaults.
+            cache_salt: callers with different salts share no cached state.
+            on_finished: called with the number of finished samples whenever it grows.
+
+        Raises:
+            RequestError: a prompt or option that cannot run; nothing has been generated then.
+        """
+        many = _as_many(prompts)
+        per_prompt = _spread(params, len(many))
+        groups = [self._requests(p, sp, cache_salt) for p, sp in zip(many, per_prompt, strict=True)]
+        collectors = {r.id: Collector(r) for group in groups for r in group}
+        self._add_all([r for group in groups for r in group])
+        finished = 0
+        try:
+            while finished < len(collectors):
+                for news in self.engine.step().outputs:
+                    collectors[news.request_id].add(news)
+                    if news.finish_reason is not None:
+                        finished += 1
+                        on_finished(finished)
+        except BaseException:
+            for request_id in collectors:
+                self.engine.abort(request_id)
+            self.engine.step()
+            raise
+        return [_generation(p, [collectors[r.id] for r in group]) for p, group in zip(many, groups, strict=True)]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        on_finished: Callable[[int], None] = lambda _: None,
+    ) -> list[Generation]:
+        """Answer one conversation or many, through the model's chat template.
+
+        Raises:
+            RequestError: a conversation the template cannot render.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.chat_prompt(m) for m in many]  # type: ignore[arg-type]
+        return self.generate(prompts, params, cache_salt=cache_salt, on_finished=on_finished)
+
+    def stream(
+        self, prompt: Prompt | Messages, params: SamplingParams | None = None, *, cache_salt: str = ""
+    ) -> Iterator[StreamChunk]:
+        """Generate one sample and yield its tokens step by step. Closing the iterator cancels the request.
+
+        Args:
+            prompt: text, token ids, or chat messages.
+            params: with n = 1.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise SamplingParamsError("must be 1 when streaming.", field="n")
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
+        (request,) = self._requests(prompt, params, cache_salt)  # type: ignore[arg-type]
+        self._add_all([request])
+        return self._stream(prompt, Collector(request))  # type: ignore[arg-type]
+
+    def chat_prompt(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Raises:
+            RequestError: the model has no chat template, or it rejects the messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise RequestError(
+                f"{self.model_name} has no chat template.",
+                field="messages",
+                fix="Give a plain prompt instead.",
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise RequestError(f"the chat template rejects them: {error}", field="messages") from error
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def close(self) -> None:
+        """Cancel everything that runs."""
+        self.engine.abort_all()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stream(self, prompt: Prompt, collector: Collector) -> Iterator[StreamChunk]:
+        request = collector.request
+        try:
+            while not request.finished:
+                for news in self.engine.step().outputs:
+                    if news.request_id != request.id:
+                        continue
+                    collector.add(news)
+                    done = news.finish_reason is not None
+                    yield StreamChunk(
+                        news.token_ids,
+                        news.pieces,
+                        news.drafters,
+                        news.logprobs,
+                        news.finish_reason.value if news.finish_reason else None,
+                        _generation(prompt, [collector]) if done else None,
+                    )
+        finally:
+            self.engine.abort(request.id)
+
+    def _requests(self, prompt: Prompt, params: SamplingParams, salt: str) -> list[Request]:
+        return make_requests(self.tokenizer, prompt, params, salt, f"r{next(self._ids)}")
+
+    def _add_all(self, requests: Sequence[Request]) -> None:
+        """Add all or none."""
+        for i, request in enumerate(requests):
+            try:
+                self.engine.add(request)
+            except BaseException:
+                for added in requests[:i]:
+                    self.engine.abort(added.id)
+                self.engine.step()
+                raise
+
+
+def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: str, request_id: str) -> list[Request]:
+    """One engine request per sample; later samples wait for the first one's prompt KV.
+
+    Raises:
+        RequestError: the prompt is neither text nor token ids.
+    """
+    if isinstance(prompt, str):
+        token_ids = list(tokenizer.encode(prompt))
+    elif all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
+        token_ids = list(prompt)
+    else:
+        raise RequestError("must be text or a list of token ids.", field="prompt")
+    predicted = tokenizer.encode(params.prediction, add_special_tokens=False) if params.prediction else ()
+    seed = fresh_seed() if params.seed is None else params.seed
+    requests: list[Request] = []
+    for index in range(params.n):
+        requests.append(
+            Request(
+                id=request_id if params.n == 1 else f"{request_id}-{index}",
+                token_ids=list(token_ids),
+                prompt_len=len(token_ids),
+                params=params,
+                seed=seed,
+                sample_index=index,
+                salt=salt,
+                prediction_ids=tuple(predicted),
+                leader=requests[0] if requests else None,
+            )
+        )
+    return requests
+
+
+def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} given for {count} prompts.", field="params")
+    return list(params)
+
+
+def _generation(prompt: Prompt, collectors: Sequence[Collector]) -> Generation:
+    first = collectors[0].request
+    wanted = first.params.prompt_logprobs is not None
+    return Generation(
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=tuple(first.token_ids[: first.prompt_len]),
+        outputs=tuple(c.completion() for c in collectors),
+        prompt_logprobs=collectors[0].prompt_logprobs if wanted else None,
+    )

@@ -1,0 +1,223 @@
+"""Load a checkpoint through `transformers`, refusing whatever would not run exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.errors import ConfigError, CorruptFileError, PacelineError, UnsupportedModelError
+from paceline.model.checks import check_architecture, check_folder, max_positions
+from paceline.model.source import resolve_source
+
+__all__ = ["LoadedModel", "check_architecture", "load_model", "resolve_device", "resolve_dtype"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_BF16_FLAGS = re.compile(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A target or draft model, ready for the runner."""
+
+    name: str
+    """What the user called it."""
+    path: Path
+    """Its checkpoint folder."""
+    model: Any
+    """The `transformers` model in eval mode, its attention going through Paceline's function."""
+    tokenizer: Any
+    """The `transformers` tokenizer."""
+    config: Any
+    """The text model's `transformers` config."""
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a text, in ascending order; may be empty."""
+    max_model_len: int
+    """Longest sequence the model was made for, in tokens."""
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Find, check and load a model.
+
+    Args:
+        source: see `resolve_source`.
+        dtype: see `resolve_dtype`.
+        device: see `resolve_device`.
+        trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
+
+    Raises:
+        ConfigError: dtype or device is impossible here.
+        ModelNotFoundError, DownloadError: see `resolve_source`.
+        UnsupportedModelError: the model cannot be run; the message says why.
+        CorruptFileError: a file is damaged, or weights are missing or of another shape than the config says.
+    """
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    path = resolve_source(source)
+    check_folder(path, trust_remote_code=trust_remote_code)
+    with _quiet():
+        config = _read_config(path, trust_remote_code)
+        check_architecture(config)
+        tokenizer = _read_tokenizer(path, trust_remote_code)
+        model = _read_weights(path, config, torch_dtype, trust_remote_code)
+    text_config = model.config.get_text_config()
+    return LoadedModel(
+        name=source,
+        path=path,
+        model=model.to(torch_device).eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        config=text_config,
+        dtype=torch_dtype,
+        device=torch_device,
+        eos_token_ids=_eos_token_ids(model, text_config, tokenizer),
+        max_model_len=max_positions(text_config),
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: another word, or a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"is {device!r}; take auto, cpu, cuda or cuda:N.", field="device")
+    found = torch.device(device)
+    if found.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (found.index or 0) >= count:
+            raise ConfigError(f"is {device!r}, and {count} CUDA devices are usable here.", field="device")
+    return found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it, else float32.
+
+    Raises:
+        ConfigError: another word.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    if dtype not in _DTYPES:
+        raise ConfigError(f"is {dtype!r}; take auto, float32 or bfloat16.", field="dtype")
+    return _DTYPES[dtype]
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
+    try:
+        return _BF16_FLAGS.search(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")) is not None
+    except OSError:  # not Linux
+        return False
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config classes validate with many exception types
+        raise _unreadable(path / "config.json", error) from error
+
+
+def _read_tokenizer(path: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizer library raises plain `Exception` for a damaged file
+        raise _unreadable(path / "tokenizer.json", error) from error
+
+
+def _read_weights(path: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from paceline.model import attention as _attention  # noqa: F401  # registers "paceline"
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="paceline",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except PacelineError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    _check_loading(path, model, info)
+    return model
+
+
+def _check_loading(path: Path, model: Any, info: dict[str, Any]) -> None:
+    """`transformers` fills missing weights with noise and drops unknown ones, and merely warns."""
+    for key, what in (
+        ("missing_keys", "weights are missing"),
+        ("mismatched_keys", "weights have another shape"),
+    ):
+        if info.get(key):
+            raise CorruptFileError(f"{what}: {_first(info[key])}.", field=str(path), fix="Fetch the model again.")
+    if info.get("error_msgs"):
+        raise CorruptFileError(f"weights could not be read: {_first(info['error_msgs'])}.", field=str(path))
+    modules = dict(model.named_modules())
+    # A head of another task is rightly dropped; a stray bias or scale of a layer we run is not.
+    stray = [
+        key
+        for key in info.get("unexpected_keys", ())
+        if modules.get(key.rpartition(".")[0]) is not None and not key.endswith("inv_freq") and "." in key
+    ]
+    if stray:
+        raise UnsupportedModelError(f"has weights that its layers do not use: {_first(stray)}.", field=str(path))
+
+
+def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    declared = getattr(generation, "eos_token_id", None)
+    if declared is None:
+        declared = getattr(config, "eos_token_id", None)
+    ids = set(declared) if isinstance(declared, list | tuple) else {declared}
+    return tuple(sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None))
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptFileError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0][:300] if lines else type(error).__name__
+    return CorruptFileError(f"cannot be loaded ({reason}).", field=str(path))
+
+
+def _first(items: Any) -> str:
+    names = sorted(str(item[0]) if isinstance(item, tuple) else str(item) for item in items)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings or bars from `transformers`: what matters in them is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,111 @@
+"""Runs a `transformers` causal LM on flat ragged batches. Target and draft models use the same runner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
+from paceline.engine.types import BoolArray, IntArray
+from paceline.model.attention import AttentionMetadata, SequenceAttention
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceInput:
+    """One sequence's new tokens: they take the cache indices `context_len ..` of its block table.
+
+    `visible[i, j]` says that new token i sees new token j; None is plain causal order.
+    """
+
+    token_ids: Sequence[int]
+    positions: IntArray
+    context_len: int
+    blocks: Sequence[int]
+    visible: BoolArray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardBatch:
+    """All sequences of a forward, and the flat token rows whose logits are wanted."""
+
+    sequences: tuple[SequenceInput, ...]
+    logit_rows: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that pass through the network: exactly the sum of the sequences' (nothing is padded)."""
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+class ModelRunner:
+    """A model with its paged KV cache.
+
+    Args:
+        model: a causal LM created with the `paceline` attention.
+        kv: its cache.
+    """
+
+    def __init__(self, model: torch.nn.Module, kv: PagedKV, device: torch.device) -> None:
+        self.model = model
+        self.kv = kv
+        self.device = device
+        self.last_seconds = 0.0
+        """Wall time of the last forward."""
+        self.num_forwards = 0
+        self.num_tokens = 0
+        """Tokens through the network so far."""
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Compute the batch and write its KV.
+
+        Returns:
+            Logits of `batch.logit_rows`.  # [len(logit_rows), vocab]
+        """
+        started = time.perf_counter()
+        rows = batch.logit_rows or [0]
+        output = self.model(
+            input_ids=self._tensor([t for s in batch.sequences for t in s.token_ids])[None],
+            position_ids=self._tensor(np.concatenate([s.positions for s in batch.sequences]))[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(rows),
+            paged=self._metadata(batch),
+        )
+        logits: torch.Tensor = output.logits[0, : len(batch.logit_rows)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_seconds = time.perf_counter() - started
+        self.num_forwards += 1
+        self.num_tokens += batch.num_tokens
+        return logits
+
+    def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
+        slots: list[IntArray] = []
+        sequences: list[SequenceAttention] = []
+        start = 0
+        for s in batch.sequences:
+            n = len(s.token_ids)
+            end = s.context_len + n
+            slots.append(slots_of(s.blocks, self.kv.block_size, s.context_len, end))
+            used = s.blocks[: -(-end // self.kv.block_size)]
+            sequences.append(
+                SequenceAttention(start, start + n, s.context_len, self._tensor(used), s.positions, s.visible)
+            )
+            start += n
+        return AttentionMetadata(self.kv, self._tensor(np.concatenate(slots)), tuple(sequences))
+
+    def _tensor(self, values: Sequence[int] | IntArray) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def kv_shape(config: object, dtype: torch.dtype) -> KVShape:
+    """The KV layout of a `transformers` text config."""
+    heads = int(config.num_attention_heads)  # type: ignore[attr-defined]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layers = int(config.num_hidden_layers)  # type: ignore[attr-defined]
+    return KVShape(layers, int(kv_heads), int(head_dim), dtype)

@@ -1,0 +1,68 @@
+"""The accept stage: apply the rule to every request, one at a time, so that a failure stays with its request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from paceline.engine.request import Request
+from paceline.engine.rng import Noise
+from paceline.engine.sampling import Law, build_law
+from paceline.engine.types import Acceptance, DraftBatch, DraftTree, ScheduledBatch, TargetScores, Walk
+from paceline.verify.base import AcceptanceRule
+from paceline.verify.coupled import CoupledRule
+
+logger = logging.getLogger(__name__)
+_ARGMAX_MATCH = CoupledRule()
+
+
+def accept(
+    rule: AcceptanceRule,
+    batch: ScheduledBatch,
+    drafts: DraftBatch,
+    scores: TargetScores,
+    stop_ids: Sequence[int],
+) -> Acceptance:
+    """Walks of all sampling requests.
+
+    Args:
+        rule: how trees are walked; at temperature 0 every rule is argmax-match.
+        batch: the step's requests.
+        drafts: their verified trees.
+        scores: the target's logits.
+        stop_ids: the model's end tokens, which `min_tokens` masks.
+    """
+    walks: list[Walk | None] = []
+    errors: dict[str, str] = {}
+    for item, tree, row in zip(batch.sampling, drafts.trees, scores.first_row, strict=True):
+        try:
+            walks.append(_accept_one(rule, item.request, tree, scores, row, stop_ids))
+        except Exception as error:
+            logger.exception("request %s failed in acceptance", item.request.id)
+            errors[item.request.id] = str(error)
+            walks.append(None)
+    return Acceptance(tuple(walks), errors)
+
+
+def _accept_one(
+    rule: AcceptanceRule,
+    request: Request,
+    tree: DraftTree,
+    scores: TargetScores,
+    first_row: int,
+    stop_ids: Sequence[int],
+) -> Walk:
+    params = request.params
+    output = request.output_ids if params.edits_logits else []
+    prompt = request.token_ids[: request.prompt_len] if params.edits_logits else []
+    masked = (*stop_ids, *params.stop_token_ids)
+
+    def law(node: int, path: Sequence[int]) -> Law:
+        row = first_row + 1 + node
+        if params.greedy and not params.edits_logits and scores.finite[row]:
+            return Law.point(int(scores.argmax[row]))
+        return build_law(scores.host[row], params, prompt, [*output, *path], masked)
+
+    noise = Noise(request.seed, request.sample_index)
+    chosen = _ARGMAX_MATCH if params.greedy else rule
+    return chosen.accept(tree, law, noise, len(request.token_ids), scores.logits.shape[-1])

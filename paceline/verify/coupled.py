@@ -1,0 +1,48 @@
+"""`coupled`: the target draws its own sample with the position's noise; a child that equals it is accepted.
+
+The committed token is a function of context, seed and position alone, never of the draft. So any tree, pruning,
+re-ranking or early stop is exact, and the text is the same with speculation on or off. It is sample-then-match with
+shared Gumbel noise: a drafter that draws with the same noise agrees often (Gumbel coupling). Only nodes on the walk
+are sampled. At temperature 0 it is argmax-match.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from paceline.engine.rng import Noise, Stream
+from paceline.engine.sampling import Law
+from paceline.engine.types import DraftTree, Walk
+from paceline.verify.base import ROOT, LawSource
+
+
+class CoupledRule:
+    """The default rule."""
+
+    name = "coupled"
+    allows_trees = True
+    shares_noise = True
+
+    def accept(self, tree: DraftTree, law: LawSource, noise: Noise, position: int, vocab_size: int) -> Walk:
+        """Walk from the root along the target's own samples while the tree holds them."""
+        children = tree.children()
+        node = ROOT
+        path: list[int] = []
+        tokens: list[int] = []
+        while True:
+            token = draw_target(law(node, tokens), noise, position + len(tokens), vocab_size)
+            tokens.append(token)
+            node = next((child for child in children[node + 1] if tree.tokens[child] == token), ROOT)
+            if node == ROOT:
+                return Walk(tuple(path), tuple(tokens))
+            path.append(node)
+
+
+_NO_NOISE = np.zeros(1, dtype=np.uint32)
+
+
+def draw_target(law: Law, noise: Noise, position: int, vocab_size: int) -> int:
+    """The target's own sample at `position`; a point mass needs no noise."""
+    if len(law.logits) == 1:
+        return law.draw(_NO_NOISE)
+    return law.draw(noise.words(position, Stream.TARGET, vocab_size))

@@ -1,0 +1,75 @@
+"""The verify stage: one target forward over all committed tokens and draft nodes of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from paceline.engine.types import (
+    BoolArray,
+    DraftBatch,
+    DraftTree,
+    ScheduledBatch,
+    ScheduledRequest,
+    TargetScores,
+)
+from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
+
+
+class Verifier:
+    """Scores draft trees with the target.
+
+    Args:
+        runner: the target model.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def verify(self, batch: ScheduledBatch, drafts: DraftBatch) -> TargetScores:
+        """Logits of every sampling request's root and nodes, and of prompt tokens where they were asked for."""
+        trees = iter(drafts.trees)
+        inputs: list[SequenceInput] = []
+        rows: list[int] = []
+        first_row: list[int] = []
+        prompt_rows: dict[str, tuple[int, int]] = {}
+        start = 0
+        for item in batch.items:
+            tree = next(trees) if item.samples else None
+            inputs.append(_sequence_input(item, tree))
+            end = start + item.num_tokens
+            if item.request.params.prompt_logprobs is not None and item.start < item.request.prompt_len:
+                prompt_rows[item.request.id] = (len(rows), len(rows) + item.num_tokens)
+                rows.extend(range(start, end))
+            if tree is not None:
+                first_row.append(len(rows))
+                rows.extend(range(end - 1, end + len(tree)))
+            start += len(inputs[-1].token_ids)
+        logits = self._runner.forward(ForwardBatch(tuple(inputs), rows))
+        return TargetScores(logits, tuple(first_row), prompt_rows)
+
+
+def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceInput:
+    request, start, stop = item.request, item.start, item.start + item.num_tokens
+    committed: Sequence[int] = request.token_ids[start:stop]
+    positions = np.arange(start, stop)
+    if tree is None or not len(tree):
+        return SequenceInput(committed, positions, start, request.blocks)
+    return SequenceInput(
+        [*committed, *tree.tokens.tolist()],
+        np.concatenate([positions, stop - 1 + tree.depths()]),
+        start,
+        request.blocks,
+        None if tree.is_chain() else _visible(item.num_tokens, tree),
+    )
+
+
+def _visible(num_committed: int, tree: DraftTree) -> BoolArray:
+    """Committed tokens see what is before them; a node sees all committed tokens and its own path.  # [n, n]"""
+    n = num_committed + len(tree)
+    visible = np.zeros((n, n), dtype=np.bool_)
+    visible[:num_committed, :num_committed] = np.tri(num_committed, dtype=np.bool_)
+    visible[num_committed:, :num_committed] = True
+    visible[num_committed:, num_committed:] = tree.ancestor_mask()
+    return visible

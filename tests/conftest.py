@@ -1,0 +1,62 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from paceline.engine.engine import Engine
+from paceline.errors import DownloadError
+from paceline.model.loader import LoadedModel, load_model
+
+BUILTIN = "smollm2-135m"
+
+
+@pytest.fixture(autouse=True)
+def _no_block_is_lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test, every engine it made accounts for all its blocks."""
+    engines: list[Engine] = []
+    original = Engine.__init__
+
+    def remember(self: Engine, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        engines.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", remember)
+    yield
+    for engine in engines:
+        engine.check()
+
+
+def _load(dtype: str) -> LoadedModel:
+    try:
+        return load_model(BUILTIN, dtype=dtype)
+    except DownloadError as error:
+        pytest.skip(f"the built-in model cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> LoadedModel:
+    """SmolLM2-135M-Instruct in fp32."""
+    return _load("float32")
+
+
+@pytest.fixture(scope="session")
+def real_model_bf16() -> LoadedModel:
+    """SmolLM2-135M-Instruct in bf16."""
+    return _load("bfloat16")
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The CUDA device, or a skip."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")

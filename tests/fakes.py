@@ -1,0 +1,89 @@
+"""Small stand-ins that are real where it matters: random models of real architectures, tiny vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from paceline.config import EngineConfig
+from paceline.engine.builder import build_engine
+from paceline.llm import LLM
+from paceline.model import attention as _attention  # noqa: F401  registers the attention function
+from paceline.model.loader import LoadedModel
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.6,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 24},
+    "gemma2": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+}
+
+
+def make_config(architecture: str = "llama", vocab_size: int = 96, **changes: Any) -> Any:
+    """A tiny configuration of a real architecture."""
+    return transformers.AutoConfig.for_model(
+        architecture, **{**_SMALL, "vocab_size": vocab_size, **ARCHITECTURES[architecture], **changes}
+    )
+
+
+def make_model(config: Any, seed: int = 0, attention: str = "paceline") -> torch.nn.Module:
+    """A random model; the same seed gives the same weights whatever attention it uses."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def make_tokenizer(vocab_size: int = 96) -> PreTrainedTokenizerFast:
+    """One word per token: token i is written `wi`."""
+    vocabulary = {f"w{i}": i for i in range(vocab_size)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w0")
+
+
+def make_loaded(
+    architecture: str = "llama", vocab_size: int = 96, seed: int = 0, eos: tuple[int, ...] = (2,), **changes: Any
+) -> LoadedModel:
+    """A random tiny model, as the loader would return it."""
+    config = make_config(architecture, vocab_size, **changes)
+    return LoadedModel(
+        name=f"tiny-{architecture}",
+        path=Path("tiny"),
+        model=make_model(config, seed),
+        tokenizer=make_tokenizer(vocab_size),
+        config=config,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        eos_token_ids=eos,
+        max_model_len=int(config.max_position_embeddings),
+    )
+
+
+def make_llm(loaded: LoadedModel | None = None, **options: Any) -> LLM:
+    """An LLM over a tiny model."""
+    defaults = {"speculation": "none", "kv_cache_memory": 4 << 20}
+    return LLM(loaded or make_loaded(), **{**defaults, **options})
+
+
+def make_engine(loaded: LoadedModel | None = None, **options: Any) -> Any:
+    """An engine over a tiny model."""
+    defaults = {"speculation": "none", "kv_cache_memory": 4 << 20}
+    return build_engine(EngineConfig.from_options({**defaults, **options}), loaded or make_loaded())
