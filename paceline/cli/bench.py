@@ -32,8 +32,8 @@ COLUMNS = (
     "95%\ninterval",
     "with\nprefill",
     "accepted\nlength",
-    "drafts\naccepted",
-    "same\noutput",
+    "drafts\ntaken",
+    "same\ntext",
 )
 DEFAULTS = {"temperature": 0.0, "max_tokens": 128, "seed": 0}
 
@@ -169,8 +169,8 @@ def table(rows: Sequence[Row]) -> Table:
     from rich import box
     from rich.table import Table
 
-    result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("task", "speculation"):
+    result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    for name in ("task", "setting"):
         result.add_column(name, overflow="fold")
     for name in COLUMNS:
         result.add_column(name, justify="right", no_wrap=True)
@@ -251,7 +251,6 @@ def _bar(axes: Any, x: float, width: float, row: Row, color: str) -> None:
     axes.bar(x, value, width=width, color=color)
     if low is not None and high is not None:
         axes.errorbar(x, value, yerr=[[value - low], [high - value]], color="0.25", linewidth=1, capsize=2)
-    top = max(value, high or value)
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
     at = {"xytext": (0, 3), "textcoords": "offset points"}
     axes.annotate(f"{value:.2f}", (x, max(value, high or value)), ha="center", fontsize=7, bbox=box, **at)

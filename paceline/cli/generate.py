@@ -204,7 +204,8 @@ def _stream(llm: LLM, item: Item) -> int:
             sys.stdout.write(last.text)
             sys.stdout.flush()
     finally:
-        sys.stdout.write("\n")
+        if last is not None:
+            sys.stdout.write("\n")
     output = last.generation.outputs[0] if last is not None and last.generation is not None else None
     if output is not None and output.error is not None:
         print(f"error: {output.error}", file=sys.stderr)

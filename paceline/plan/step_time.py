@@ -1,7 +1,7 @@
 """How long a decode step takes as a function of the tokens in its forward.
 
-Measured once at start (the fastest of a few runs per size, linear in between), then shifted online per number of requests, since
-contexts grow and machines are shared. Only differences between sizes decide how far to look ahead.
+Measured once at start (the fastest of a few runs per size, linear in between), then shifted online per number of
+requests, since contexts grow and machines are shared. Only differences between sizes decide how far to look ahead.
 """
 
 from __future__ import annotations
