@@ -5,12 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
-import platform
-import re
-import shlex
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +18,6 @@ if TYPE_CHECKING:
 
     from paceline.bench.spec import ChatModel, Measured, Question, Ratio, Row
     from paceline.config import SamplingParams
-    from paceline.model.loader import LoadedModel
 
 COLUMNS = (
     "tokens\nper s",
@@ -83,6 +76,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     from paceline.bench import spec
+    from paceline.bench.host import host_info
 
     specs = [spec.BASELINE, *dict.fromkeys(s for s in args.speculation if s != spec.BASELINE)]
     engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": spec.BASELINE}))
@@ -105,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             llm = options.open_llm(model, {**engine, "speculation": text}, console)
             engines[text] = stack.enter_context(llm)
             model = llm.loaded  # the weights are there once, whatever the number of engines
-        host = host_info(model)
+        host = host_info(model.dtype, model.device)
         try:
             for item in _measure(engines, questions, params, args, console):
                 measured.append(item)
@@ -160,6 +154,8 @@ def report(result: dict[str, Any], rows: Sequence[Row], json_path: str | None, p
     console.print(table(rows), soft_wrap=False)
     console.print(note(result, rows), style="dim")
     if plot is not None:
+        from paceline.bench.plot import draw
+
         draw(rows, plot, f"{result['model']} · {result['host']['dtype']} · {result['host']['device']}")
         console.print(f"Chart: {plot}", style="dim")
 
@@ -217,68 +213,6 @@ def note(result: dict[str, Any], rows: Sequence[Row]) -> str:
     if any(row.same_output < row.compared for row in rows) and result["host"]["dtype"] != "float32":
         lines.append("In bfloat16 rounding depends on the batch's shape and can tip near ties; try --dtype float32.")
     return "\n".join(lines)
-
-
-def draw(rows: Sequence[Row], path: str, title: str) -> None:
-    """A bar chart: speedup over `none` per task and setting, with intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [row for row in rows if row.spec != "none"]
-    tasks, specs = list(dict.fromkeys(r.category for r in shown)), list(dict.fromkeys(r.spec for r in shown))
-    figure, axes = pyplot.subplots(figsize=(min(4 + 0.5 * len(shown), 13), 4.2), layout="constrained")
-    width = 0.8 / max(len(specs), 1)
-    for k, spec in enumerate(specs):
-        for row in (r for r in shown if r.spec == spec):
-            _bar(axes, tasks.index(row.category) - 0.4 + width * (k + 0.5), width * 0.92, row, f"C{k}")
-        axes.bar([0], [0], color=f"C{k}", label=spec)  # the legend's entry
-    axes.axhline(1.0, color="0.3", linewidth=1, linestyle="--", label="no speculation")
-    axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], rotation=20, ha="right")
-    axes.set_ylabel("speedup, decode tokens/s")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, ncols=4, loc="upper right", bbox_to_anchor=(1.0, 1.1))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def _bar(axes: Any, x: float, width: float, row: Row, color: str) -> None:
-    value, low, high = row.speedup.value, row.speedup.low, row.speedup.high
-    if value is None:
-        return
-    axes.bar(x, value, width=width, color=color)
-    if low is not None and high is not None:
-        axes.errorbar(x, value, yerr=[[value - low], [high - value]], color="0.25", linewidth=1, capsize=2)
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6}
-    at = {"xytext": (0, 3), "textcoords": "offset points"}
-    axes.annotate(f"{value:.2f}", (x, max(value, high or value)), ha="center", fontsize=7, bbox=box, **at)
-
-
-def host_info(model: LoadedModel) -> dict[str, Any]:
-    """The machine and the software, for the record."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{_cpu_model()}, {cores} cores"
-    return {
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else cpu,
-        "cpu": cpu,
-        "cores": cores,
-        "torch_threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "versions": {name: options.package_version(name) for name in ("paceline", "torch", "transformers")},
-        "command": shlex.join(["paceline", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _count(text: str) -> int:

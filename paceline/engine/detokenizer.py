@@ -44,8 +44,8 @@ class Detokenizer:
         if not self._stop:
             return self._release(len(self._text)), False
         if check_stop:
-            start = max(0, before - self._longest + 1)
-            hits = [at for at in (self._text.find(s, start) for s in self._stop) if at >= 0]
+            # Only what this token completes: an earlier end (before `min_tokens`) was passed and stays passed.
+            hits = [at for s in self._stop if (at := self._text.find(s, max(0, before - len(s) + 1))) >= 0]
             if hits:
                 self._text = self._text[: max(min(hits), self._released)]
                 return self._release(len(self._text)), True

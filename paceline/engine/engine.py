@@ -86,7 +86,7 @@ class Engine:
             PromptTooLongError: no room for a single new token.
             RequestError: an id twice, or a token outside the vocabulary.
         """
-        if request.id in self._requests:
+        if request.id in self._requests or any(news.request_id == request.id for news in self._news):
             raise RequestError(f"{request.id!r} is running already.", field="request_id")
         if not request.token_ids:
             raise RequestError("is empty.", field="prompt", fix="Give at least one token.")
@@ -101,6 +101,7 @@ class Engine:
             "prompt": request.token_ids,
             "logit_bias": request.params.logit_bias,
             "stop_token_ids": request.params.stop_token_ids,
+            "prediction": request.prediction_ids,
         }
         for field, tokens in mentioned.items():
             if any(not 0 <= t < self.vocab_size for t in tokens):
@@ -152,19 +153,25 @@ class Engine:
 
     def collect(self, step: InFlight) -> StepOutput:
         """Commit, tell plan and drafters, forget what is finished."""
+        outputs = self.stages.committer.commit(step, time.perf_counter())
+        try:
+            self._feed_back(step)
+        except Exception:
+            logger.exception("a step could not be learned from; its tokens are committed")
+        for item in step.batch.items:
+            if item.request.finished:
+                self._forget(item.request)
+        return StepOutput(outputs)
+
+    def _feed_back(self, step: InFlight) -> None:
         stages = self.stages
-        outputs = stages.committer.commit(step, time.perf_counter())
         if stages.policy is not None:
             wanted = any(Tap.TOP_IDS in d.taps for d in stages.drafting.drafters.values())
             for observation in observations(step, want_top_ids=wanted):
                 stages.drafting.observe(observation)
-        for item in step.batch.items:
-            if item.request.finished:
-                self._forget(item.request)
         self.last_stats = step_stats(step, time.perf_counter() - step.started)
         if stages.policy is not None:
             stages.policy.learn(self.last_stats)
-        return StepOutput(outputs)
 
     def check(self) -> None:
         """Assert that no block is lost (called whenever the engine is idle)."""

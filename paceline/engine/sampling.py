@@ -17,6 +17,8 @@ from paceline.engine.rng import uniforms
 from paceline.errors import RequestError
 
 _TOP_K_BLOCK = 64
+_MIN_TEMPERATURE = 1e-30
+"""Below it logits would overflow fp32, and the law is that of the likeliest token alone anyway."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +96,7 @@ def build_law(
         raise RequestError("the model returned logits without a finite maximum.", field="logits")
     if params.greedy:
         return Law.point(int(row.argmax()))
-    law = Law(row if params.temperature == 1.0 else row / np.float32(params.temperature))
+    law = Law(row if params.temperature == 1.0 else row / np.float32(max(params.temperature, _MIN_TEMPERATURE)))
     if 0 < params.top_k < len(row):
         law = _keep_top_k(law, params.top_k)
     if params.top_p < 1.0:

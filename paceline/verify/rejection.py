@@ -62,8 +62,14 @@ def _check(tree: DraftTree) -> None:
         raise RuleViolation("the draft claims to be sampled but carries no law per token.", field="laws")
     if tree.laws is not None:
         for token, law in zip(tree.tokens.tolist(), tree.laws, strict=True):
-            if law.ids is not None and token not in law.ids:
+            if not _can_draw(law, token):
                 raise RuleViolation(f"token {token} cannot have been drawn from its draft law.", field="laws")
+
+
+def _can_draw(law: Law, token: int) -> bool:
+    if law.ids is not None:
+        return token in law.ids
+    return token < len(law.logits) and bool(law.logits[token] > -np.inf)
 
 
 def _point(token: int, vocab_size: int) -> NDArray[np.float64]:
