@@ -8,6 +8,7 @@ later one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from paceline.engine.engine import Engine
 from paceline.engine.request import Request
 from paceline.engine.types import RequestOutput
-from paceline.errors import EngineDeadError, PacelineError
+from paceline.errors import EngineDeadError, PacelineError, RequestError
 
 logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.05
@@ -38,6 +39,7 @@ class AsyncEngine:
         self._deliver: dict[str, Deliver] = {}
         self._stopping = threading.Event()
         self._dead: Exception | None = None
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="paceline-engine", daemon=True)
         self._thread.start()
 
@@ -63,6 +65,8 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[News] = asyncio.Queue()
         self._inbox.put(lambda: self._add(request, lambda item: _hand_over(loop, news, item)))
+        if self._closed:  # the thread ended meanwhile, and nobody may read the inbox any more
+            raise EngineDeadError("the engine has stopped.", fix="Restart it; its log says why.")
         finished = False
         try:
             while not finished:
@@ -114,6 +118,9 @@ class AsyncEngine:
             self.engine.add(request)
         except PacelineError as error:
             deliver(error)
+        except Exception as error:
+            logger.exception("request %s could not be taken in", request.id)
+            deliver(RequestError(f"cannot be run: {error}", field="request"))
         else:
             self._deliver[request.id] = deliver
 
@@ -127,6 +134,7 @@ class AsyncEngine:
 
     def _bury(self) -> None:
         """Tell everyone who still waits, also those whose request has not been taken in."""
+        self._closed = True
         while True:
             try:
                 self._inbox.get_nowait()()
@@ -140,5 +148,5 @@ class AsyncEngine:
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[News], item: News) -> None:
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and its consumer gone with it
         loop.call_soon_threadsafe(news.put_nowait, item)

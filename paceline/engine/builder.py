@@ -82,13 +82,12 @@ def build_engine(
     """An engine ready for requests.
 
     Raises:
-        ConfigError: the KV cache cannot hold one full sequence.
+        ConfigError: the KV cache cannot hold one full sequence, or the model is not made for that length.
     """
     speculation = check_speculation(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    max_model_len = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
-    runner, blocks, max_model_len = _runner(config, loaded, max_model_len, config.max_model_len is not None)
+    runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded))
     vocab_size = int(loaded.config.vocab_size)
     made = _drafters(config, speculation, loaded, vocab_size, on_progress)
     policy = _policy(speculation.spec, made, runner, blocks, max_model_len, on_progress)
@@ -109,6 +108,19 @@ def build_engine(
         vocab_size=vocab_size,
         eos_token_ids=loaded.eos_token_ids,
     )
+
+
+def _wanted_length(config: EngineConfig, loaded: LoadedModel) -> tuple[int, bool]:
+    """The longest sequence, and whether the caller insists on it."""
+    if config.max_model_len is None:
+        return loaded.max_model_len, False
+    if config.max_model_len > loaded.max_model_len:
+        raise ConfigError(
+            f"is {config.max_model_len}, and {loaded.name} was made for {loaded.max_model_len} tokens.",
+            field="max_model_len",
+            fix="Give at most that, or leave it out.",
+        )
+    return config.max_model_len, True
 
 
 def _runner(

@@ -26,9 +26,8 @@ class StepTime:
     def __init__(self, seconds: Mapping[int, float]) -> None:
         self._sizes = np.array(sorted(seconds), dtype=np.float64)
         self._seconds = np.array([seconds[int(n)] for n in self._sizes])
-        slope = (self._seconds[-1] - self._seconds[len(self._seconds) // 2]) / (
-            self._sizes[-1] - self._sizes[len(self._sizes) // 2]
-        )
+        middle = min(len(self._sizes) // 2, len(self._sizes) - 2)
+        slope = (self._seconds[-1] - self._seconds[middle]) / (self._sizes[-1] - self._sizes[middle])
         self._slope = max(float(slope), 1e-9)
         self._shift: dict[int, float] = {}
 
