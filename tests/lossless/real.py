@@ -1,0 +1,74 @@
+"""What the real-model tests share: prompts, LLMs over one loaded model, a smaller draft, logits in any batch shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from paceline import LLM
+from paceline.model.loader import LoadedModel
+from paceline.model.runner import ForwardBatch, SequenceInput
+
+SPEC_BENCH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spec_bench.jsonl"
+QUESTIONS = (
+    "Write three sentences about a lighthouse keeper who finds a letter in a bottle.",
+    "Repeat this list, each item twice: apples, pears, plums, apples, cherries.",
+    "Add type hints to this function and repeat it:\n\ndef area(width, height):\n    return width * height\n",
+    "What is 17 + 25 + 17 + 25? Show every step.",
+)
+
+
+def real_llm(loaded: LoadedModel, speculation: str = "none", **options: Any) -> LLM:
+    """An LLM that shares the loaded weights."""
+    defaults = {"max_model_len": 1024, "kv_cache_memory": 256 << 20}
+    return LLM(loaded, speculation=speculation, **{**defaults, **options})
+
+
+def chat_prompts(llm: LLM, questions: Sequence[str] = QUESTIONS) -> list[list[int]]:
+    """Token ids of one-turn conversations."""
+    return [llm.chat_prompt([{"role": "user", "content": question}]) for question in questions]
+
+
+def spec_bench(count: int, longest: int = 3000) -> list[str]:
+    """First turns of Spec-Bench, spread over its tasks, or a skip."""
+    if not SPEC_BENCH.exists():
+        pytest.skip("Spec-Bench's questions (shared/data/spec_bench.jsonl beside the repository) are not here")
+    rows = [json.loads(line) for line in SPEC_BENCH.read_text().splitlines()]
+    turns = [row["turns"][0] for row in rows if len(row["turns"][0]) <= longest]
+    return turns[:: max(1, len(turns) // count)][:count]
+
+
+def save_dropped(loaded: LoadedModel, folder: Path, every: int = 2) -> Path:
+    """Save a draft that keeps every `every`-th layer of the model (and the last)."""
+    model = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
+    layers = model.model.layers
+    kept = sorted({*range(0, len(layers), every), len(layers) - 1})
+    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def logits_in_chunks(llm: LLM, tokens: Sequence[int], chunk: int) -> np.ndarray:
+    """The engine's own logits after every token, `chunk` tokens to a forward.  # [len(tokens), vocab] fp32"""
+    blocks = llm.engine.stages.scheduler.blocks
+    table: list[int] = []
+    assert blocks.grow(table, len(tokens))
+    rows = []
+    try:
+        for start in range(0, len(tokens), chunk):
+            part = list(tokens[start : start + chunk])
+            where = np.arange(start, start + len(part))
+            batch = ForwardBatch((SequenceInput(part, where, start, table),), range(len(part)))
+            rows.append(llm.engine.runner.forward(batch).float().numpy())
+    finally:
+        blocks.release(table)
+    return np.concatenate(rows)

@@ -1,0 +1,174 @@
+"""E2: the joint law of the first two tokens over the full engine loop equals the model's own, whatever speculates.
+
+Every test draws 20,480 samples of one prompt at temperature above 0 through the real engine (scheduler, paged cache,
+drafters, policy, trim, rule, commit) on a tiny model, and compares with the exact joint law from the model's logits by
+chi-square. Samples of one seed differ in their sample index only; their independence is tested beside the law. Seeds
+are fixed, so a test either always passes or always fails (policy `auto` reads the clock, so there the runs differ);
+the odds of a false alarm are 1e-6 per assertion, two assertions per test. `pytest -s` shows the p-values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from lossless.loop import FALSE_ALARM, Tiny, exact_joint, make_tiny, run
+
+from paceline import LLM, SamplingParams
+from paceline.draft.drafting import Drafting
+from paceline.engine.rng import Noise
+from paceline.engine.types import DraftBatch, DraftTree, ScheduledBatch, SpecPlan, StepPrice, Walk
+from paceline.plan.base import LengthPolicy
+from paceline.verify import rejection
+from paceline.verify.base import ROOT
+from paceline.verify.coupled import CoupledRule, draw_target
+
+RUNS = 20_480
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_p": 0.8},
+    "penalties": {"presence_penalty": 0.8, "repetition_penalty": 1.3, "min_tokens": 2, "logit_bias": {1: 0.7}},
+}
+SPECS = (
+    "none",
+    "ngram:k=2",
+    "ngram@auto",
+    "recycling:k=4",
+    "recycling@auto",
+    "ngram:k=2+recycling:k=4",
+    "draft:k=2,model=DRAFT",
+    "draft:model=DRAFT@auto",
+    "ngram:k=2+recycling:k=4@priced",
+    "ngram:k=1+draft:k=2,model=DRAFT@priced",
+    "ngram+recycling+draft:model=DRAFT@auto",
+)
+"""`priced` is policy `fixed` with a price per node, so that `trim` cuts in many steps, whatever the clock says."""
+FAST = (
+    ("ngram:k=2+recycling:k=4@priced", "rejection", "penalties"),
+    ("recycling:k=4", "coupled", "top_p"),
+    ("draft:k=2,model=DRAFT", "coupled", "temperature"),
+    ("draft:k=2,model=DRAFT", "rejection", "top_k"),
+    ("draft:model=DRAFT@auto", "rejection", "plain"),
+)
+SLOW = [case for case in itertools.product(SPECS, ("coupled", "rejection"), OPTIONS) if case not in FAST]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return make_tiny(tmp_path_factory.mktemp("draft"))
+
+
+class _Priced:
+    """A policy under which nodes of survival below 0.2 are not worth their slot."""
+
+    def __init__(self, inner: LengthPolicy) -> None:
+        self._inner = inner
+        self.learn = inner.learn
+
+    def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
+        """The inner plan with a price of 0.2 per node."""
+        plan = self._inner.plan(batch, max_model_len)
+        return dataclasses.replace(plan, price=StepPrice(np.arange(plan.bucket + 1, dtype=np.float64), 0.2))
+
+
+def _llm(tiny: Tiny, speculation: str, rule: str) -> LLM:
+    spec, _, policy = speculation.partition("@")
+    if policy != "priced":
+        return tiny.llm(speculation, rule=rule)
+    llm = tiny.llm(spec, rule=rule)
+    stages = llm.engine.stages
+    assert stages.policy is not None
+    llm.engine.stages = dataclasses.replace(stages, policy=_Priced(stages.policy))
+    return llm
+
+
+@pytest.mark.parametrize(
+    ("speculation", "rule", "options"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_the_joint_law_of_two_tokens(tiny: Tiny, speculation: str, rule: str, options: str) -> None:
+    params = OPTIONS[options]
+    runs = run(_llm(tiny, speculation, rule), params, RUNS)
+    law = runs.law_p_value(exact_joint(tiny.plain, SamplingParams(max_tokens=9, **params)))
+    independence = runs.independence_p_value()
+    print(f"{speculation} {rule} {options}: p={law:.3g}, independence p={independence:.3g}, ", end="")
+    print(f"accepted {runs.accepted} of {runs.drafted} drafted")
+    assert law > FALSE_ALARM
+    assert independence > FALSE_ALARM
+    if "auto" not in speculation and speculation != "none":
+        assert runs.accepted > RUNS // 50, "too few drafts were accepted for the test to mean anything"
+
+
+def test_the_law_is_not_degenerate(tiny: Tiny) -> None:
+    """Otherwise a wrong law would pass: no first token takes more than half, and most pairs are likely enough."""
+    joint = exact_joint(tiny.plain, SamplingParams())
+    assert joint.sum() == pytest.approx(1.0)
+    assert joint.sum(axis=1).max() < 0.5
+    assert (joint * RUNS > 20).sum() > 32
+
+
+# Deliberately broken: the same chi-square must see each of them, with fewer runs.
+
+FEWER = 6144
+
+
+class _Greedy(CoupledRule):
+    """Accepts a child because it is likely (p > 0.3), without asking whether it was drawn."""
+
+    def accept(self, tree: DraftTree, law: Any, noise: Any, position: int, vocab_size: int) -> Walk:
+        likely = law(ROOT, ()).probabilities(vocab_size) > 0.3
+        for child in tree.children()[0]:
+            if likely[tree.tokens[child]]:
+                token = int(tree.tokens[child])
+                return Walk((child,), (token, draw_target(law(child, (token,)), noise, position + 1, vocab_size)))
+        return super().accept(tree, law, noise, position, vocab_size)
+
+
+class _Unlikely(Drafting):
+    """Cuts sampled chains at tokens that their own law finds unlikely, after they were drawn."""
+
+    def draft(self, *arguments: Any) -> DraftBatch:
+        made = super().draft(*arguments)
+        return DraftBatch(tuple(_without_unlikely(tree) for tree in made.trees), made.seconds)
+
+
+def _without_unlikely(tree: DraftTree) -> DraftTree:
+    pairs = zip(tree.tokens, tree.laws or (), strict=True)
+    likely = [bool(law.probabilities(8)[token] > 0.25) for token, law in pairs]
+    return tree.keep(np.arange(likely.index(False) if False in likely else len(likely)))
+
+
+def test_a_broken_coupled_rule_is_caught(tiny: Tiny) -> None:
+    llm = tiny.llm("recycling:k=4")
+    llm.engine.stages = dataclasses.replace(llm.engine.stages, rule=_Greedy())
+    assert run(llm, {}, FEWER).law_p_value(exact_joint(tiny.plain, SamplingParams())) < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [("residual", lambda p, _q: p), ("accepts", lambda p, q, _u: p >= q)],
+    ids=["residual not subtracted", "accepts if p >= q"],
+)
+def test_a_broken_rejection_rule_is_caught(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, function: str, wrong: Any
+) -> None:
+    monkeypatch.setattr(rejection, function, wrong)
+    runs = run(tiny.llm("draft:k=2,model=DRAFT", rule="rejection"), {}, FEWER)
+    assert runs.law_p_value(exact_joint(tiny.plain, SamplingParams())) < FALSE_ALARM
+
+
+def test_dropping_sampled_tokens_is_caught(tiny: Tiny) -> None:
+    llm = tiny.llm("draft:k=2,model=DRAFT", rule="rejection")
+    stages = llm.engine.stages
+    llm.engine.stages = dataclasses.replace(stages, drafting=_Unlikely(stages.drafting.drafters, merge_trees=False))
+    assert run(llm, {}, FEWER).law_p_value(exact_joint(tiny.plain, SamplingParams())) < FALSE_ALARM
+
+
+def test_samples_that_share_noise_are_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that forgets the sample index gives n times the same text; the independence test must fail."""
+    monkeypatch.setattr("paceline.verify.accept.Noise", lambda seed, _sample_index: Noise(seed, 0))
+    assert run(tiny.llm("none"), {}, FEWER).independence_p_value() < FALSE_ALARM
