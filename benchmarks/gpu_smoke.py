@@ -1,6 +1,6 @@
 """Plain PyTorch on a GPU: tokens per second of every setting, to see that it runs (kernels and graphs come later).
 
-    python benchmarks/gpu_smoke.py MODEL
+python benchmarks/gpu_smoke.py MODEL
 """
 
 from __future__ import annotations

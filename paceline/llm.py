@@ -55,6 +55,7 @@ class LLM:
         self.loaded = model
         self.engine = build_engine(self.config, model, on_progress)
         self._ids = itertools.count()
+        self._open: dict[str, Collector] = {}
 
     @property
     def model_name(self) -> str:
@@ -88,22 +89,20 @@ class LLM:
         many = _as_many(prompts)
         per_prompt = _spread(params, len(many))
         groups = [self._requests(p, sp, cache_salt) for p, sp in zip(many, per_prompt, strict=True)]
-        collectors = {r.id: Collector(r) for group in groups for r in group}
-        self._add_all([r for group in groups for r in group])
+        collectors = [Collector(r) for group in groups for r in group]
+        self._open_all(collectors)
         finished = 0
         try:
             while finished < len(collectors):
-                for news in self.engine.step().outputs:
-                    collectors[news.request_id].add(news)
-                    if news.finish_reason is not None:
-                        finished += 1
-                        on_finished(finished)
-        except BaseException:
-            for request_id in collectors:
-                self.engine.abort(request_id)
-            self.engine.step()
-            raise
-        return [_generation(p, [collectors[r.id] for r in group]) for p, group in zip(many, groups, strict=True)]
+                self._advance()
+                done = sum(c.finished for c in collectors)
+                if done > finished:
+                    finished = done
+                    on_finished(finished)
+        finally:
+            self._close_all(collectors)
+        by_id = {c.request.id: c for c in collectors}
+        return [_generation(p, [by_id[r.id] for r in group]) for p, group in zip(many, groups, strict=True)]
 
     def chat(
         self,
@@ -137,7 +136,7 @@ class LLM:
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
         (request,) = self._requests(prompt, params, cache_salt)  # type: ignore[arg-type]
-        self._add_all([request])
+        self.engine.validate(request)
         return self._stream(prompt, Collector(request))  # type: ignore[arg-type]
 
     def chat_prompt(self, messages: Messages) -> list[int]:
@@ -171,38 +170,50 @@ class LLM:
         self.close()
 
     def _stream(self, prompt: Prompt, collector: Collector) -> Iterator[StreamChunk]:
-        request = collector.request
+        self._open_all([collector])
         try:
-            while not request.finished:
-                for news in self.engine.step().outputs:
-                    if news.request_id != request.id:
-                        continue
-                    collector.add(news)
-                    done = news.finish_reason is not None
-                    yield StreamChunk(
-                        news.token_ids,
-                        news.pieces,
-                        news.drafters,
-                        news.logprobs,
-                        news.finish_reason.value if news.finish_reason else None,
-                        _generation(prompt, [collector]) if done else None,
-                    )
+            while not collector.finished or collector.unread:
+                while not collector.unread:
+                    self._advance()
+                news = collector.unread.popleft()
+                done = news.finish_reason is not None
+                yield StreamChunk(
+                    news.token_ids,
+                    news.pieces,
+                    news.drafters,
+                    news.logprobs,
+                    news.finish_reason.value if news.finish_reason else None,
+                    _generation(prompt, [collector]) if done else None,
+                )
         finally:
-            self.engine.abort(request.id)
+            self._close_all([collector])
+
+    def _advance(self) -> None:
+        """One step; its news goes to whoever waits for it, so that calls and streams may interleave."""
+        for news in self.engine.step().outputs:
+            if news.request_id in self._open:
+                self._open[news.request_id].add(news)
+
+    def _open_all(self, collectors: Sequence[Collector]) -> None:
+        """Start all requests or none."""
+        try:
+            for collector in collectors:
+                self.engine.add(collector.request)
+                self._open[collector.request.id] = collector
+        except BaseException:
+            self._close_all(collectors)
+            raise
+
+    def _close_all(self, collectors: Sequence[Collector]) -> None:
+        """Stop listening, and cancel what has not ended."""
+        for collector in collectors:
+            if self._open.pop(collector.request.id, None) is not None and not collector.finished:
+                self.engine.abort(collector.request.id)
+        if not self._open and self.engine.has_work:
+            self.engine.step()  # nothing runs any more: this only collects the news of the cancellations
 
     def _requests(self, prompt: Prompt, params: SamplingParams, salt: str) -> list[Request]:
         return make_requests(self.tokenizer, prompt, params, salt, f"r{next(self._ids)}")
-
-    def _add_all(self, requests: Sequence[Request]) -> None:
-        """Add all or none."""
-        for i, request in enumerate(requests):
-            try:
-                self.engine.add(request)
-            except BaseException:
-                for added in requests[:i]:
-                    self.engine.abort(added.id)
-                self.engine.step()
-                raise
 
 
 def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: str, request_id: str) -> list[Request]:

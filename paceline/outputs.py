@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from paceline.engine.request import Request
@@ -101,6 +102,9 @@ class Collector:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.finished = False
+        self.unread: deque[RequestOutput] = deque()
+        """News that a stream has not passed on yet."""
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -108,6 +112,8 @@ class Collector:
 
     def add(self, news: RequestOutput) -> None:
         """Take in a step's news."""
+        self.unread.append(news)
+        self.finished = news.finish_reason is not None
         self._pieces.extend(news.pieces)
         self._logprobs.extend(news.logprobs)
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs

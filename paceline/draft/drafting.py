@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import Mapping
 
+import numpy as np
+
 from paceline.draft.base import DraftContext, Drafter, Proposal
 from paceline.draft.tree import build, merge
 from paceline.engine.request import Request
@@ -24,12 +26,14 @@ class Drafting:
         drafters: in order of preference.
         merge_trees: unite the proposals of several drafters; otherwise the first that proposes anything is taken
             (which one that is depends on committed tokens alone).
+        vocab_size: proposed tokens must be below it.
     """
 
-    def __init__(self, drafters: Mapping[str, Drafter], *, merge_trees: bool) -> None:
+    def __init__(self, drafters: Mapping[str, Drafter], *, merge_trees: bool, vocab_size: int) -> None:
         self.drafters = dict(drafters)
         self._all = tuple(drafters.values())
         self._merge = merge_trees
+        self._vocab_size = vocab_size
 
     def draft(self, batch: ScheduledBatch, plan: SpecPlan) -> DraftBatch:
         """One tree per sampling request, inside the plan's budgets."""
@@ -53,11 +57,26 @@ class Drafting:
             for item, budget in zip(batch.sampling, plan.budgets, strict=True)
         ]
         try:
-            return list(drafter.propose(contexts))
+            proposals = list(drafter.propose(contexts))
+            self._check(proposals, len(contexts))
+            return proposals
         except Exception:
             logger.exception("drafter %s failed and is left out from now on", drafter.name)
             del self.drafters[drafter.name]
             return []
+
+    def _check(self, proposals: list[Proposal], expected: int) -> None:
+        """Refuse what would break the whole batch's forward."""
+        if len(proposals) != expected:
+            raise ValueError(f"{len(proposals)} proposals for {expected} requests")
+        for p in proposals:
+            n = len(p)
+            if not n == len(p.parents) == len(p.key) or (p.laws is not None and len(p.laws) != n):
+                raise ValueError("a proposal's arrays have different lengths")
+            if n and (p.tokens.min() < 0 or p.tokens.max() >= self._vocab_size):
+                raise ValueError("a proposed token is outside the vocabulary")
+            if n and (p.parents.min() < -1 or (p.parents >= np.arange(n)).any()):
+                raise ValueError("a node does not come after its parent")
 
     def _tree(self, proposals: list[tuple[str, Proposal]], plan: SpecPlan) -> DraftTree:
         if self._merge:

@@ -52,6 +52,7 @@ def merge(proposals: Sequence[tuple[str, Proposal]], acceptance: Mapping[str, Fl
     owner: list[str] = []
     keys: list[int] = []
     expect: list[float] = []
+    shared: list[tuple[int, str, int]] = []
     for name, proposal in filled:
         table = acceptance[name]
         place = [-1] * (len(proposal) + 1)  # last entry: the root
@@ -68,13 +69,17 @@ def merge(proposals: Sequence[tuple[str, Proposal]], acceptance: Mapping[str, Fl
                 keys.append(key)
                 expect.append(chance)
             elif chance > expect[node]:
+                shared.append((node, owner[node], keys[node]))
                 owner[node], keys[node], expect[node] = name, key, chance
+            else:
+                shared.append((node, name, key))
     return DraftTree(
         tokens=np.array(tokens, dtype=np.int64),
         parents=np.array(parents, dtype=np.int64),
         drafter=tuple(owner),
         key=np.array(keys, dtype=np.int64),
         survival=_down_the_tree(parents, expect),
+        shared=tuple(shared),
     )
 
 

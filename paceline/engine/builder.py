@@ -96,7 +96,7 @@ def build_engine(
             blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         ),
         policy=policy,
-        drafting=Drafting(made, merge_trees=speculation.rule.allows_trees and config.tree != "chain"),
+        drafting=Drafting(made, merge_trees=not speculation.chain, vocab_size=vocab_size),
         verifier=Verifier(runner),
         rule=speculation.rule,
         committer=Committer(runner.kv, blocks, loaded.tokenizer, loaded.eos_token_ids, max_model_len),

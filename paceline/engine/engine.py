@@ -83,6 +83,16 @@ class Engine:
         """Queue a request.
 
         Raises:
+            RequestError: see `validate`.
+        """
+        self.validate(request)
+        self._requests[request.id] = request
+        self.stages.scheduler.add(request)
+
+    def validate(self, request: Request) -> None:
+        """Check a request without queueing it.
+
+        Raises:
             PromptTooLongError: no room for a single new token.
             RequestError: an id twice, or a token outside the vocabulary.
         """
@@ -106,8 +116,6 @@ class Engine:
         for field, tokens in mentioned.items():
             if any(not 0 <= t < self.vocab_size for t in tokens):
                 raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
-        self._requests[request.id] = request
-        self.stages.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Cancel a request; its blocks are free at once. Unknown and finished ids are ignored."""

@@ -32,6 +32,7 @@ def node_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[NodeLabel
     if not len(tree):
         return
     on_path = {-1: 0}  # node -> number of committed tokens up to it
+    labelled: dict[int, bool] = {}
     rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.key.tolist(), strict=True)
     for node, (token, parent, key) in enumerate(rows):
         depth = on_path.get(parent)
@@ -40,7 +41,11 @@ def node_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[NodeLabel
         hit = token == committed[depth]
         if hit:
             on_path[node] = depth + 1
+        labelled[node] = hit
         yield NodeLabel(tree.drafter[node], key, hit)
+    for node, name, key in tree.shared:
+        if node in labelled:
+            yield NodeLabel(name, key, labelled[node])
 
 
 def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]:
@@ -62,7 +67,9 @@ def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]
 def _depths(drafts: DraftBatch) -> dict[str, int]:
     deepest: dict[str, int] = dict.fromkeys(drafts.seconds, 0)
     for tree in drafts.trees:
-        if len(tree):
-            for name, depth in zip(tree.drafter, tree.depths().tolist(), strict=True):
-                deepest[name] = max(deepest.get(name, 0), depth)
+        depths = tree.depths().tolist()
+        for name, depth in zip(tree.drafter, depths, strict=True):
+            deepest[name] = max(deepest.get(name, 0), depth)
+        for node, name, _ in tree.shared:
+            deepest[name] = max(deepest.get(name, 0), depths[node])
     return deepest

@@ -119,6 +119,9 @@ class DraftTree:
     survival: FloatArray  # [n], estimated probability that the node and all its ancestors are accepted
     sampled: bool = False
     laws: tuple[Law, ...] | None = None  # [n] when sampled
+    shared: tuple[tuple[int, str, int], ...] = ()
+    """(node, drafter, key) of further drafters that proposed the same node. They are labelled like the owner; `keep`
+    drops them, since labels are read from the untrimmed tree."""
 
     def __len__(self) -> int:
         return len(self.tokens)

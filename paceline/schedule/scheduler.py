@@ -73,7 +73,7 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Iterable[ScheduledRequest]:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            request = next((r for r in self.waiting if _may_start(r)), None)
+            request = next((r for r in self.waiting if self._may_start(r)), None)
             if request is None:
                 return
             if request.params.prompt_logprobs is None:
@@ -88,6 +88,13 @@ class Scheduler:
             self.running.append(request)
             budget -= chunk
             yield _share(request, chunk)
+
+    def _may_start(self, request: Request) -> bool:
+        """A sibling sample waits until the first one has computed their common prompt, then finds it cached."""
+        leader = request.leader
+        if leader is None or leader.finished or leader.num_computed >= leader.prompt_len:
+            return True
+        return leader not in self.running and leader not in self.waiting  # it was never taken in
 
     def _grow_or_preempt(self, request: Request, num_tokens: int) -> bool:
         while not self.blocks.grow(request.blocks, num_tokens):
@@ -133,9 +140,3 @@ class Scheduler:
 def _share(request: Request, num_tokens: int) -> ScheduledRequest:
     start = request.num_computed
     return ScheduledRequest(request, start, num_tokens, samples=start + num_tokens == len(request.token_ids))
-
-
-def _may_start(request: Request) -> bool:
-    """A sibling sample waits until the first one has computed their common prompt, then finds it cached."""
-    leader = request.leader
-    return leader is None or leader.finished or leader.num_computed >= leader.prompt_len

@@ -1,7 +1,7 @@
 """Same seed, same text: with and without speculation, in any batch, resubmitted half way, under every sampling option.
 
 This is what rule `coupled` promises in exact arithmetic; in fp32 rounding could flip a draw only where two perturbed
-logits agree to about 1e-5, and the fixed seeds here have no such place. Tiny models try all options, the real one a few.
+logits agree to about 1e-5, and the fixed seeds here have no such place. Tiny models try all options, the real one some.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lossless.reference import OPTION_MIXES
 from paceline import LLM, SamplingParams
 from paceline.model.loader import LoadedModel
 from paceline.outputs import Generation
+from paceline.verify import coupled
 
 VOCAB = 48
 SPECS = (
@@ -30,7 +31,7 @@ SPECS = (
 )
 MIXES: dict[str, dict[str, Any]] = {
     **OPTION_MIXES,
-    "stop_strings": {"stop": ("w7w", "w11", "w20w3"), "max_tokens": 60},
+    "stop_strings": {"stop": ("w7w", "w11", "w20w3")},
     "stop_token_ids": {"stop_token_ids": (5, 9), "min_tokens": 6},
     "end_token": {"ignore_eos": False, "logit_bias": {2: 2.0}},
     "logprobs": {"logprobs": 3},
@@ -45,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def params(seed: int | None, **options: Any) -> SamplingParams:
-    return SamplingParams(**{"seed": seed, "max_tokens": 24, "ignore_eos": True, **options})
+    return SamplingParams(**{"seed": seed, "max_tokens": 20, "ignore_eos": True, **options})
 
 
 def texts(generations: Sequence[Generation]) -> list[Any]:
@@ -78,7 +79,7 @@ def test_the_mixes_do_what_they_say(tiny: Tiny) -> None:
     for mix, found in by_mix.items():
         if mix not in ("plain", "logprobs", "prediction", "min_tokens"):
             assert [text[:2] for text in found] != plain, mix
-    assert {text[2] for text in by_mix["stop_strings"]} == {"stop", "length"}
+    assert "stop" in {text[2] for text in by_mix["stop_strings"]}
     assert {text[2] for text in by_mix["end_token"]} == {"stop", "length"}
     assert all(len(text[0]) >= 6 for text in by_mix["stop_token_ids"])
 
@@ -101,7 +102,7 @@ def test_alone_and_in_a_batch_of_eight(tiny: Tiny, speculation: str) -> None:
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])
 @pytest.mark.parametrize("speculation", ["none", *SPECS[:3]])
 def test_four_samples_differ_and_repeat(tiny: Tiny, speculation: str, rule: str) -> None:
-    """Four samples of 24 tokens; odds that two agree by chance are far below 1e-6. A repeated call gives the same."""
+    """Four samples of 20 tokens; odds that two agree by chance are far below 1e-6. A repeated call gives the same."""
     first, second = (
         [o.token_ids for o in tiny.llm(speculation, rule=rule).generate(PROMPTS[0], params(7, n=4))[0].outputs]
         for _ in range(2)
@@ -126,7 +127,7 @@ def test_64_tokens_are_32_and_a_resubmission(tiny: Tiny, speculation: str, mix: 
 
 
 def test_without_a_seed_it_is_fresh_and_echoed(tiny: Tiny) -> None:
-    """Two fresh texts of 24 tokens agree with odds far below 1e-6."""
+    """Two fresh texts of 20 tokens agree with odds far below 1e-6."""
     llm = tiny.llm("recycling:k=12")
     first, second = (llm.generate(PROMPTS[0], params(None, n=2))[0] for _ in range(2))
     assert first.seed != second.seed
@@ -157,21 +158,15 @@ def test_noise_of_a_global_generator_is_caught(tiny: Tiny, monkeypatch: pytest.M
 
 def test_noise_of_the_relative_position_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keyed by the output's length, a resubmission would start over with the first noise."""
-    from paceline.verify import coupled
-
     real = coupled.draw_target
-    for prompt_len in (len(PROMPTS[1]), len(PROMPTS[1]) + 32):
-        monkeypatch.setattr(
-            coupled,
-            "draw_target",
-            lambda law, noise, position, vocab, cut=prompt_len: real(law, noise, position - cut, vocab),
-        )
-        llm = tiny.llm("none")
-        if prompt_len == len(PROMPTS[1]):
-            whole = llm.generate(PROMPTS[1], params(5, max_tokens=64))[0].token_ids
-        else:
-            tail = llm.generate([*PROMPTS[1], *whole[:32]], params(5, max_tokens=32))[0].token_ids
-    assert whole[32:] != tail
+
+    def generate(prompt: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        shifted = lambda law, noise, position, vocab: real(law, noise, position - len(prompt), vocab)  # noqa: E731
+        monkeypatch.setattr(coupled, "draw_target", shifted)
+        return tiny.llm("none").generate(list(prompt), params(5, max_tokens=max_tokens))[0].token_ids
+
+    whole = generate(PROMPTS[1], 64)
+    assert generate([*PROMPTS[1], *whole[:32]], 32) != whole[32:]
 
 
 # The real model
@@ -189,13 +184,13 @@ def test_real_model_one_text_for_one_seed(real_model: LoadedModel, dropped: Path
     prompts = chat_prompts(llm)
     prompts += [p[:-3] for p in prompts]
     mixes = [{}, {"top_p": 0.9}, {"top_k": 20, "temperature": 0.8}, {"repetition_penalty": 1.2, "min_p": 0.05}] * 2
-    many = [SamplingParams(seed=i, max_tokens=32, **mix) for i, mix in enumerate(mixes)]
+    many = [SamplingParams(seed=i, max_tokens=20, **mix) for i, mix in enumerate(mixes)]
     expected = texts(llm.generate(prompts, many))
     assert texts(llm.generate(prompts[0], many[0])) == expected[:1]
     for i, spec in enumerate(("ngram:k=4", "recycling:k=16", f'draft:k=2,model="{dropped}"')):
         speculating = real_llm(real_model, spec)
         assert texts(speculating.generate(prompts, many)) == expected
         assert texts(speculating.generate(prompts[i], many[i])) == expected[i : i + 1]
-        head = expected[0][0][:16]
-        tail = speculating.generate([*prompts[0], *head], SamplingParams(seed=0, max_tokens=16))[0].token_ids
-        assert head + tail == expected[0][0][:32]
+        head = expected[0][0][:10]
+        tail = speculating.generate([*prompts[0], *head], SamplingParams(seed=0, max_tokens=10))[0].token_ids
+        assert head + tail == expected[0][0][:20]

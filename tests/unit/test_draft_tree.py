@@ -8,6 +8,7 @@ from engine_tools import tree
 
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.draft.tree import build, merge
+from paceline.engine.feedback import node_labels
 from paceline.engine.sampling import Law
 from paceline.engine.types import DraftTree
 
@@ -122,3 +123,13 @@ def test_shapes_of_a_tree() -> None:
     assert made.ancestor_mask().astype(int).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
     assert not made.is_chain()
     assert tree([1, 2], [-1, 0]).is_chain()
+
+
+def test_every_proposer_of_a_shared_node_is_labelled() -> None:
+    """A node belongs to one drafter, but the others that proposed it learn from it too."""
+    merged = merge(
+        [("a", chain([5, 6], [0, 0])), ("b", chain([5, 7], [1, 1]))], {"a": np.array([0.9]), "b": np.full(2, 0.2)}
+    )
+    labels = {(label.drafter, label.key, label.accepted) for label in node_labels(merged, [5, 7, 1])}
+    assert labels == {("a", 0, True), ("a", 0, False), ("b", 1, True)}
+    assert sum(label.drafter == "b" for label in node_labels(merged, [5, 7, 1])) == 2

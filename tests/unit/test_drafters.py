@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from engine_tools import greedy, llm, make_request, prompt_of, reference, run
 
-from paceline.draft.base import DraftContext, Proposal
+from paceline.draft.base import DraftContext, Proposal, chain
+from paceline.draft.drafting import Drafting
 from paceline.draft.ngram import MAX_KEY, NgramDrafter, NgramIndex
 from paceline.draft.prediction import PredictionDrafter
 from paceline.draft.recycling import LEVEL_SIZES, RecyclingDrafter, chain_template, static_template
@@ -274,3 +275,20 @@ def test_the_number_of_tenants_is_bounded() -> None:
         propose(drafter, make_request([1], salt=str(i)))
     assert len(drafter._matrices) == 16
     assert "kept" in drafter._matrices, "the least recently used goes"
+
+
+@pytest.mark.parametrize(
+    ("proposals", "message"),
+    [
+        ([], "0 proposals for 1 requests"),
+        ([chain([96], [0])], "outside the vocabulary"),
+        ([Proposal(np.array([5, 6]), np.array([-1]), np.array([0, 0]))], "different lengths"),
+        ([Proposal(np.array([5, 6]), np.array([1, -1]), np.array([0, 0]))], "after its parent"),
+    ],
+)
+def test_a_malformed_proposal_is_refused(proposals: list[Proposal], message: str) -> None:
+    """It would otherwise break the forward of the whole batch."""
+    drafting = Drafting({}, merge_trees=True, vocab_size=96)
+    with pytest.raises(ValueError, match=message):
+        drafting._check(proposals, 1)
+    drafting._check([chain([95, 0], [0, 0])], 1)
