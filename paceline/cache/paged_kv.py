@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.engine.types import IntArray
+from paceline.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)

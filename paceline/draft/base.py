@@ -13,9 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from paceline.arrays import FloatArray, IntArray
 from paceline.engine.request import Request
 from paceline.engine.sampling import Law
-from paceline.engine.types import FloatArray, IntArray, Observation, Tap
+from paceline.engine.types import Observation, Tap
 
 
 @dataclass(frozen=True, slots=True)

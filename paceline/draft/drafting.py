@@ -11,10 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from paceline.arrays import FloatArray
 from paceline.draft.base import DraftContext, Drafter, Proposal
 from paceline.draft.tree import build, merge
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.request import Request
-from paceline.engine.types import EMPTY_TREE, DraftBatch, DraftTree, Observation, ScheduledBatch, SpecPlan
+from paceline.engine.types import DraftBatch, Observation, ScheduledBatch, SpecPlan
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,10 @@ class Drafting:
                 proposals[name] = self._ask(self.drafters[name], batch, plan)
                 seconds[name] = time.perf_counter() - started
         trees = tuple(
-            self._tree([(name, found[i]) for name, found in proposals.items() if found], plan)
-            for i in range(len(batch.sampling))
+            self._tree(
+                [(name, found[i]) for name, found in proposals.items() if found], plan.acceptance[item.request.salt]
+            )
+            for i, item in enumerate(batch.sampling)
         )
         return DraftBatch(trees, seconds)
 
@@ -78,12 +82,12 @@ class Drafting:
             if n and (p.parents.min() < -1 or (p.parents >= np.arange(n)).any()):
                 raise ValueError("a node does not come after its parent")
 
-    def _tree(self, proposals: list[tuple[str, Proposal]], plan: SpecPlan) -> DraftTree:
+    def _tree(self, proposals: list[tuple[str, Proposal]], acceptance: Mapping[str, FloatArray]) -> DraftTree:
         if self._merge:
-            return merge(proposals, plan.acceptance)
+            return merge(proposals, acceptance)
         for name, proposal in proposals:
             if len(proposal):
-                return build(name, proposal, plan.acceptance[name])
+                return build(name, proposal, acceptance[name])
         return EMPTY_TREE
 
     def observe(self, observation: Observation) -> None:

@@ -19,9 +19,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.arrays import IntArray
 from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.engine.request import Request
-from paceline.engine.types import IntArray, Observation, Tap
+from paceline.engine.types import Observation, Tap
 
 WIDTH = 8
 LEVEL_SIZES = (8, 21, 25, 15, 8, 3)

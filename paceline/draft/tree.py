@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from paceline.arrays import FloatArray
 from paceline.draft.base import Proposal
-from paceline.engine.types import EMPTY_TREE, DraftTree, FloatArray
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 
 
 def build(name: str, proposal: Proposal, acceptance: FloatArray) -> DraftTree:

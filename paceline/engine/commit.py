@@ -9,17 +9,10 @@ from typing import Any
 from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import PagedKV, slots_of
 from paceline.engine.detokenizer import Detokenizer
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.sampling import token_logprobs
-from paceline.engine.types import (
-    DraftTree,
-    InFlight,
-    RequestOutput,
-    ScheduledRequest,
-    TargetScores,
-    TokenLogprobs,
-    Walk,
-)
+from paceline.engine.types import InFlight, RequestOutput, ScheduledRequest, TargetScores, TokenLogprobs, Walk
 
 logger = logging.getLogger(__name__)
 

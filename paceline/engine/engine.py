@@ -9,18 +9,10 @@ from dataclasses import dataclass
 
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
+from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import observations, step_stats
 from paceline.engine.request import FinishReason, Request
-from paceline.engine.types import (
-    EMPTY_TREE,
-    DraftBatch,
-    InFlight,
-    RequestOutput,
-    ScheduledBatch,
-    StepOutput,
-    StepStats,
-    Tap,
-)
+from paceline.engine.types import DraftBatch, InFlight, RequestOutput, ScheduledBatch, StepOutput, StepStats, Tap
 from paceline.errors import PromptTooLongError, RequestError
 from paceline.model.runner import ModelRunner
 from paceline.plan.base import PLAIN, LengthPolicy

@@ -6,28 +6,30 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from paceline.engine.types import DraftBatch, DraftTree, InFlight, NodeLabel, Observation, StepStats
+from paceline.engine.draft_tree import DraftTree
+from paceline.engine.types import DraftBatch, InFlight, NodeLabel, Observation, StepStats
 
 TOP_IDS = 8
 
 
 def step_stats(step: InFlight, step_seconds: float) -> StepStats:
     """What the next plan learns."""
-    walks = [(tree, w) for tree, w in zip(step.drafted.trees, step.acceptance.walks, strict=True) if w]
+    rows = zip(step.batch.sampling, step.drafted.trees, step.acceptance.walks, strict=True)
+    walks = [(item.request.salt, tree, walk) for item, tree, walk in rows if walk is not None]
     return StepStats(
         num_tokens=step.batch.num_tokens,
         num_draft_nodes=step.verified.num_nodes,
-        num_committed=sum(len(w.tokens) for _, w in walks),
+        num_committed=sum(len(walk.tokens) for _, _, walk in walks),
         num_sampling=len(step.batch.sampling),
         forward_seconds=step.forward_seconds,
         step_seconds=step_seconds,
         draft_seconds=step.drafted.seconds,
         draft_depths=_depths(step.drafted),
-        labels=[label for tree, w in walks for label in node_labels(tree, w.tokens)],
+        labels=[label for salt, tree, walk in walks for label in node_labels(tree, walk.tokens, salt)],
     )
 
 
-def node_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[NodeLabel]:
+def node_labels(tree: DraftTree, committed: Sequence[int], salt: str = "") -> Iterator[NodeLabel]:
     """Labels of all drafted nodes whose parent lies on the committed path, trimmed ones included."""
     if not len(tree):
         return
@@ -42,10 +44,10 @@ def node_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[NodeLabel
         if hit:
             on_path[node] = depth + 1
         labelled[node] = hit
-        yield NodeLabel(tree.drafter[node], key, hit)
+        yield NodeLabel(tree.drafter[node], key, hit, salt)
     for node, name, key in tree.shared:
         if node in labelled:
-            yield NodeLabel(name, key, labelled[node])
+            yield NodeLabel(name, key, labelled[node], salt)
 
 
 def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]:

@@ -22,12 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from paceline.arrays import BoolArray, FloatArray, IntArray
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import FinishReason, Request
-from paceline.engine.sampling import Law
-
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 
 class Tap(Enum):
@@ -84,7 +81,7 @@ class SpecPlan:
     """How far each sampling request may look ahead, and what a node is believed to be worth.
 
     `budgets[i]` is the most nodes of the i-th request of `ScheduledBatch.sampling`; `drafters` are asked in this
-    order; `bucket` is the most nodes of the whole batch; `acceptance[drafter][key]` is the estimated probability
+    order; `bucket` is the most nodes of the whole batch; `acceptance[salt][drafter][key]` is the estimated probability
     that a node of that confidence class is accepted when its parent was. Without `price` the first `bucket` nodes by
     survival are verified whatever they cost. `limits[drafter]` is the most nodes that drafter may propose for one
     request.
@@ -93,7 +90,7 @@ class SpecPlan:
     budgets: tuple[int, ...]
     drafters: tuple[str, ...]
     bucket: int
-    acceptance: Mapping[str, FloatArray]
+    acceptance: Mapping[str, Mapping[str, FloatArray]]
     limits: Mapping[str, int] = field(default_factory=dict)
     price: StepPrice | None = None
 
@@ -101,84 +98,6 @@ class SpecPlan:
     def looks_ahead(self) -> bool:
         """False selects the plain decode path."""
         return self.bucket > 0 and any(self.budgets)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftTree:
-    """One request's draft: a flat token tree (a chain is `parents = [-1, 0, 1, ...]`).
-
-    `drafter[i]` names who guessed node i and `key[i]` its confidence class there. `sampled` says whether the tokens
-    were drawn from `laws` (one draft law per node, of its parent's position) or chosen deterministically; rules
-    other than `coupled` rely on that claim.
-    """
-
-    tokens: IntArray  # [n]
-    parents: IntArray  # [n], -1 is the root
-    drafter: tuple[str, ...]  # [n]
-    key: IntArray  # [n]
-    survival: FloatArray  # [n], estimated probability that the node and all its ancestors are accepted
-    sampled: bool = False
-    laws: tuple[Law, ...] | None = None  # [n] when sampled
-    shared: tuple[tuple[int, str, int], ...] = ()
-    """(node, drafter, key) of further drafters that proposed the same node. They are labelled like the owner; `keep`
-    drops them, since labels are read from the untrimmed tree."""
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def is_chain(self) -> bool:
-        """Whether every node is the only child of the one before it."""
-        return bool(np.array_equal(self.parents, np.arange(-1, len(self) - 1)))
-
-    def depths(self) -> IntArray:
-        """Depth of each node; children of the root have depth 1.  # [n]"""
-        depths = np.empty(len(self), dtype=np.int64)
-        for i, parent in enumerate(self.parents):
-            depths[i] = 1 if parent < 0 else depths[parent] + 1
-        return depths
-
-    def ancestor_mask(self) -> BoolArray:
-        """`mask[i, j]`: node j is node i or one of its ancestors.  # [n, n]"""
-        n = len(self)
-        mask = np.zeros((n, n), dtype=np.bool_)
-        for i, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[i] = mask[parent]
-            mask[i, i] = True
-        return mask
-
-    def children(self) -> list[list[int]]:
-        """Node ids by parent, sibling order kept; entry 0 is the root's, entry i + 1 node i's."""
-        kids: list[list[int]] = [[] for _ in range(len(self) + 1)]
-        for i, parent in enumerate(self.parents):
-            kids[int(parent) + 1].append(i)
-        return kids
-
-    def keep(self, nodes: IntArray) -> DraftTree:
-        """The subtree of `nodes` (ascending, ancestors included)."""
-        if len(nodes) == len(self):
-            return self
-        new_id = np.full(len(self) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself
-        new_id[nodes] = np.arange(len(nodes))
-        picked = nodes.tolist()
-        return DraftTree(
-            tokens=self.tokens[nodes],
-            parents=new_id[self.parents[nodes]],
-            drafter=tuple(self.drafter[i] for i in picked),
-            key=self.key[nodes],
-            survival=self.survival[nodes],
-            sampled=self.sampled,
-            laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
-        )
-
-
-EMPTY_TREE = DraftTree(
-    tokens=np.empty(0, dtype=np.int64),
-    parents=np.empty(0, dtype=np.int64),
-    drafter=(),
-    key=np.empty(0, dtype=np.int64),
-    survival=np.empty(0, dtype=np.float64),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +247,7 @@ class NodeLabel:
     drafter: str
     key: int
     accepted: bool
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
+from paceline.arrays import BoolArray, IntArray
 from paceline.cache.paged_kv import PagedKV
-from paceline.engine.types import BoolArray, IntArray
 
 NAME = "paceline"
 _FOLD_UP_TO = 32

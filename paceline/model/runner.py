@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from paceline.arrays import BoolArray, IntArray
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
-from paceline.engine.types import BoolArray, IntArray
 from paceline.model.attention import AttentionMetadata, SequenceAttention
 
 

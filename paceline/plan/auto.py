@@ -52,10 +52,10 @@ class AutoLength:
         sizes = batch.num_tokens + np.arange(bucket + 1, dtype=np.float64)
         price = StepPrice(self._step_time.at(sizes, requests), self._lambda(requests))
         limits = {
-            name: self._depth(d, requests, price) if d.cost_per_token else d.most for name, d in self._drafters.items()
+            name: self._depth(d, batch, price) if d.cost_per_token else d.most for name, d in self._drafters.items()
         }
         used = tuple(name for name in self._drafters if limits[name] > 0)
-        return SpecPlan(budgets, used, bucket, self._estimates.tables(), limits, price)
+        return SpecPlan(budgets, used, bucket, self._estimates.of_batch(batch), limits, price)
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, step time, goodput and the cost of drafting."""
@@ -81,12 +81,13 @@ class AutoLength:
         plain = requests / float(self._step_time.at(np.array([float(requests)]), requests)[0])
         return max(tokens / seconds, plain) if seconds else plain
 
-    def _depth(self, drafter: DrafterLimits, requests: int, price: StepPrice) -> int:
+    def _depth(self, drafter: DrafterLimits, batch: ScheduledBatch, price: StepPrice) -> int:
         """Draft depth that maximises expected tokens minus the price of drafting and verifying them."""
         cost = self._draft_seconds.get(drafter.name)
         if cost is None:
             return min(2, drafter.most)
-        rate = self._estimates.rate(drafter.name)
+        requests = len(batch.sampling)
+        rate = float(np.mean([self._estimates.rate(drafter.name, item.request.salt) for item in batch.sampling]))
         depth = np.arange(1, drafter.most + 1)
         nodes = np.minimum(depth * requests, len(price.times) - 1)
         gain = requests * np.cumsum(rate**depth)

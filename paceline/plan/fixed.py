@@ -27,7 +27,7 @@ class FixedLength:
         budgets = room(batch, max_model_len, total)
         if not any(budgets):
             return PLAIN
-        return SpecPlan(budgets, tuple(self._limits), sum(budgets), self._estimates.tables(), self._limits)
+        return SpecPlan(budgets, tuple(self._limits), sum(budgets), self._estimates.of_batch(batch), self._limits)
 
     def learn(self, stats: StepStats) -> None:
         """Keep the estimates current."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from paceline.engine.types import FloatArray
+from paceline.arrays import FloatArray
 
 PROFILE_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 _BLEND = 0.1

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from paceline.cache.block_manager import BlockManager
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
-from paceline.engine.types import DraftBatch, DraftTree, ScheduledBatch, ScheduledRequest
+from paceline.engine.types import DraftBatch, ScheduledBatch, ScheduledRequest
 
 
 class Scheduler:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law, build_law
-from paceline.engine.types import Acceptance, DraftBatch, DraftTree, ScheduledBatch, TargetScores, Walk
+from paceline.engine.types import Acceptance, DraftBatch, ScheduledBatch, TargetScores, Walk
 from paceline.verify.base import AcceptanceRule
 from paceline.verify.coupled import CoupledRule
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law
-from paceline.engine.types import DraftTree, Walk
+from paceline.engine.types import Walk
 
 ROOT = -1
 

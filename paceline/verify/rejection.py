@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
-from paceline.engine.types import DraftTree, Walk
+from paceline.engine.types import Walk
 from paceline.errors import RuleViolation
 from paceline.verify.base import ROOT, LawSource
 

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paceline.engine.types import (
-    BoolArray,
-    DraftBatch,
-    DraftTree,
-    ScheduledBatch,
-    ScheduledRequest,
-    TargetScores,
-)
+from paceline.arrays import BoolArray
+from paceline.engine.draft_tree import DraftTree
+from paceline.engine.types import DraftBatch, ScheduledBatch, ScheduledRequest, TargetScores
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
 
 

@@ -18,9 +18,9 @@ from lossless.reference import Floats
 from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.draft.tree import build
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Stream
 from paceline.engine.sampling import Law, build_law
-from paceline.engine.types import DraftTree
 from paceline.verify.base import AcceptanceRule
 
 Result = TypeVar("Result")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from lossless.enumeration import make_tree
 
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
-from paceline.engine.types import EMPTY_TREE, DraftTree, Walk
+from paceline.engine.types import Walk
 from paceline.verify.base import ROOT, AcceptanceRule
 from paceline.verify.coupled import CoupledRule
 

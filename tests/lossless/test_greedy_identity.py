@@ -7,11 +7,12 @@ depends on the batch's shape, so near-ties may fall either way: each divergence 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lossless.real import chat_prompts, logits_in_chunks, real_llm, save_dropped, spec_bench
+from lossless.real import chat_prompts, logits_in_chunks, real_llm, spec_bench
 
 from paceline import LLM, SamplingParams
 from paceline.model.loader import LoadedModel
@@ -28,14 +29,9 @@ SPECS = (
     "auto",
     "ngram+draft:model=DROPPED@auto",
 )
-NUM_QUESTIONS = 24
+NUM_QUESTIONS = 20
 LONG = 256
 SHORT = 64
-
-
-@pytest.fixture(scope="session")
-def dropped(real_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_dropped(real_model, tmp_path_factory.mktemp("dropped"))
 
 
 @pytest.fixture(scope="module")
@@ -101,43 +97,73 @@ def test_a_broken_comparison_would_show(expected: list[Generation]) -> None:
     assert not _same([Generation(None, (), (output,))], expected[:1])[0]
 
 
-@pytest.fixture(scope="module")
-def many(real_model: LoadedModel) -> tuple[list[list[int]], list[Generation]]:
-    """Spec-Bench prompts and their text without speculation, one at a time."""
-    llm = real_llm(real_model, max_model_len=2048, kv_cache_memory=512 << 20)
+# The long suites: Spec-Bench prompts, 256 tokens each. Their reference runs without speculation in batches of eight.
+
+SLOW = [pytest.mark.slow, pytest.mark.timeout(7200)]
+CASES = [pytest.param(spec, batch, marks=SLOW) for batch in (8, 1) for spec in SPECS]
+ROOM = {"max_model_len": 2048, "kv_cache_memory": 512 << 20}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model's prompts and its text without speculation."""
+
+    loaded: LoadedModel
+    prompts: list[list[int]]
+    expected: list[Generation]
+
+    def run(self, speculation: str, batch: int) -> list[Generation]:
+        """All prompts with a drafter, `batch` at a time."""
+        llm = real_llm(self.loaded, speculation, **ROOM)
+        found: list[Generation] = []
+        for start in range(0, len(self.prompts), batch):
+            some = slice(start, start + batch)
+            found += _run(llm, self.prompts[some], self.expected[some], LONG)
+        return found
+
+
+def _reference(loaded: LoadedModel) -> Reference:
+    llm = real_llm(loaded, **ROOM)
     prompts = chat_prompts(llm, spec_bench(NUM_QUESTIONS))
-    return prompts, [llm.generate(p, _params(LONG))[0] for p in prompts]
+    return Reference(
+        loaded, prompts, [g for i in range(0, len(prompts), 8) for g in llm.generate(prompts[i : i + 8], _params(LONG))]
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("spec", SPECS)
-def test_fp32_spec_bench(
-    real_model: LoadedModel, dropped: Path, many: tuple[list[list[int]], list[Generation]], spec: str, batch: int
-) -> None:
-    prompts, expected = many
-    llm = real_llm(real_model, spec.replace("DROPPED", f'"{dropped}"'), max_model_len=2048, kv_cache_memory=512 << 20)
-    same: list[bool] = []
-    for start in range(0, len(prompts), batch):
-        some = slice(start, start + batch)
-        same += _same(_run(llm, prompts[some], expected[some], LONG), expected[some])
-    assert sum(same) == len(prompts)
+@pytest.fixture(scope="module")
+def fp32(real_model: LoadedModel) -> Reference:
+    return _reference(real_model)
+
+
+@pytest.fixture(scope="module")
+def bf16(real_model_bf16: LoadedModel) -> Reference:
+    return _reference(real_model_bf16)
+
+
+@pytest.mark.parametrize(("spec", "batch"), [pytest.param("none", 1, marks=SLOW), *CASES])
+def test_fp32_spec_bench(fp32: Reference, dropped: Path, spec: str, batch: int) -> None:
+    same = _same(fp32.run(spec.replace("DROPPED", f'"{dropped}"'), batch), fp32.expected)
+    print(f"\nfp32 {spec}, batch {batch}: {sum(same)} of {len(same)} texts are the same")
+    assert all(same)
 
 
 # bf16
 
 
-def batch_shape_noise(llm: LLM, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """How far the gap of the two best logits moves when the same tokens run in other batch shapes.  # [many]"""
+@pytest.fixture(scope="module")
+def noise(bf16: Reference) -> float:
+    """99.9th percentile of how far the gap of the two best logits moves when the same tokens run in another shape."""
+    llm = real_llm(bf16.loaded, **ROOM)
     moved = []
-    for tokens in texts:
+    for generation in bf16.expected[::3]:
+        tokens = (*generation.prompt_token_ids, *generation.token_ids)[-200:]
         single = logits_in_chunks(llm, tokens, 1)
         best = np.argsort(-single, axis=1)[:, :2]
         for chunk in (2, 5, 17, 64, len(tokens)):
-            other = logits_in_chunks(llm, tokens, chunk)
-            moved.append(np.abs(_gap(single, best) - _gap(other, best)))
-    return np.concatenate(moved)
+            moved.append(np.abs(_gap(single, best) - _gap(logits_in_chunks(llm, tokens, chunk), best)))
+    found = float(np.quantile(np.concatenate(moved), 0.999))
+    print(f"\nbf16 batch-shape noise of the top-2 gap, 99.9th percentile of {sum(map(len, moved))}: {found:.4f}")
+    return found
 
 
 def _gap(rows: np.ndarray, best: np.ndarray) -> np.ndarray:
@@ -145,30 +171,17 @@ def _gap(rows: np.ndarray, best: np.ndarray) -> np.ndarray:
     return picked[:, 0] - picked[:, 1]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_bf16_divergences_are_near_ties(real_model: LoadedModel, real_model_bf16: LoadedModel, dropped: Path) -> None:
+@pytest.mark.parametrize(("spec", "batch"), [pytest.param("none", 1, marks=SLOW), *CASES])
+def test_bf16_divergences_are_near_ties(
+    real_model: LoadedModel, bf16: Reference, noise: float, dropped: Path, spec: str, batch: int
+) -> None:
     """Every first divergence from `none` is at a position whose fp32 gap of the two best lies within the noise."""
-    options = {"max_model_len": 2048, "kv_cache_memory": 512 << 20}
-    plain, exact = real_llm(real_model_bf16, **options), real_llm(real_model, **options)
-    prompts = chat_prompts(plain, spec_bench(NUM_QUESTIONS))
-    expected = [plain.generate(p, _params(LONG))[0] for p in prompts]
-    texts = [(*g.prompt_token_ids, *g.token_ids)[-200:] for g in expected[::3]]
-    noise = float(np.quantile(batch_shape_noise(plain, texts), 0.999))
-    print(f"\n99.9th percentile of the batch-shape noise of the top-2 gap: {noise:.4f}")
-    unexplained = []
-    for spec in SPECS:
-        llm = real_llm(real_model_bf16, spec.replace("DROPPED", f'"{dropped}"'), **options)
-        gaps = []
-        for batch in (1, 8):
-            found: list[Generation] = []
-            for start in range(0, len(prompts), batch):
-                some = slice(start, start + batch)
-                found += _run(llm, prompts[some], expected[some], LONG)
-            gaps += [g for a, b in zip(found, expected, strict=True) if (g := _divergence(exact, a, b)) is not None]
-        print(f"{spec}: {len(gaps)} of {2 * len(prompts)} diverge, largest fp32 gap {max(gaps, default=0.0):.4f}")
-        unexplained += [(spec, gap) for gap in gaps if gap > noise]
-    assert not unexplained, f"fp32 gaps above the noise of {noise:.4f}: {unexplained}"
+    exact = real_llm(real_model, **ROOM)
+    found = bf16.run(spec.replace("DROPPED", f'"{dropped}"'), batch)
+    gaps = [_divergence(exact, a, b) for a, b in zip(found, bf16.expected, strict=True)]
+    apart = sorted(gap for gap in gaps if gap is not None)
+    print(f"\nbf16 {spec}, batch {batch}: {len(apart)} of {len(gaps)} diverge, fp32 gaps {np.round(apart, 4).tolist()}")
+    assert all(gap <= noise for gap in apart), f"fp32 gaps {apart} above the noise of {noise:.4f}"
 
 
 def _divergence(exact: LLM, found: Generation, expected: Generation) -> float | None:

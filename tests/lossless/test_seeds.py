@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lossless.loop import Tiny, make_tiny
-from lossless.real import chat_prompts, real_llm, save_dropped
+from lossless.real import chat_prompts, real_llm
 from lossless.reference import OPTION_MIXES
 
 from paceline import LLM, SamplingParams
@@ -172,11 +172,6 @@ def test_noise_of_the_relative_position_is_caught(tiny: Tiny, monkeypatch: pytes
 # The real model
 
 
-@pytest.fixture(scope="module")
-def dropped(real_model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_dropped(real_model, tmp_path_factory.mktemp("dropped"))
-
-
 @pytest.mark.real_model
 def test_real_model_one_text_for_one_seed(real_model: LoadedModel, dropped: Path) -> None:
     """Temperature 1 in fp32: none, ngram, recycling and draft; alone and in a batch of eight; and resubmitted."""
@@ -184,13 +179,13 @@ def test_real_model_one_text_for_one_seed(real_model: LoadedModel, dropped: Path
     prompts = chat_prompts(llm)
     prompts += [p[:-3] for p in prompts]
     mixes = [{}, {"top_p": 0.9}, {"top_k": 20, "temperature": 0.8}, {"repetition_penalty": 1.2, "min_p": 0.05}] * 2
-    many = [SamplingParams(seed=i, max_tokens=20, **mix) for i, mix in enumerate(mixes)]
+    many = [SamplingParams(seed=i, max_tokens=16, **mix) for i, mix in enumerate(mixes)]
     expected = texts(llm.generate(prompts, many))
     assert texts(llm.generate(prompts[0], many[0])) == expected[:1]
-    for i, spec in enumerate(("ngram:k=4", "recycling:k=16", f'draft:k=2,model="{dropped}"')):
+    for i, spec in enumerate(("ngram:k=4", "recycling:k=6", f'draft:k=2,model="{dropped}"')):
         speculating = real_llm(real_model, spec)
         assert texts(speculating.generate(prompts, many)) == expected
         assert texts(speculating.generate(prompts[i], many[i])) == expected[i : i + 1]
-        head = expected[0][0][:10]
-        tail = speculating.generate([*prompts[0], *head], SamplingParams(seed=0, max_tokens=10))[0].token_ids
-        assert head + tail == expected[0][0][:20]
+        head = expected[0][0][:8]
+        tail = speculating.generate([*prompts[0], *head], SamplingParams(seed=0, max_tokens=8))[0].token_ids
+        assert head + tail == expected[0][0][:16]

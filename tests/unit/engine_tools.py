@@ -13,15 +13,9 @@ from fakes import make_config, make_llm, make_loaded, make_model
 from paceline import LLM, SamplingParams
 from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import PagedKV
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
-from paceline.engine.types import (
-    DraftTree,
-    NodeLabel,
-    RequestOutput,
-    ScheduledBatch,
-    ScheduledRequest,
-    StepStats,
-)
+from paceline.engine.types import NodeLabel, RequestOutput, ScheduledBatch, ScheduledRequest, StepStats
 from paceline.model.loader import LoadedModel
 from paceline.model.runner import ModelRunner, kv_shape
 from paceline.plan.step_time import StepTime

@@ -15,18 +15,11 @@ from lossless.enumeration import make_tree, tree_of
 
 from paceline.config import SamplingParams
 from paceline.draft.base import chain
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.request import Request
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
-from paceline.engine.types import (
-    EMPTY_TREE,
-    DraftBatch,
-    DraftTree,
-    ScheduledBatch,
-    ScheduledRequest,
-    TargetScores,
-    Walk,
-)
+from paceline.engine.types import DraftBatch, ScheduledBatch, ScheduledRequest, TargetScores, Walk
 from paceline.errors import RuleViolation
 from paceline.verify.accept import accept
 from paceline.verify.registry import RULES

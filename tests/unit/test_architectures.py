@@ -22,7 +22,8 @@ from engine_tools import (
 )
 from fakes import ARCHITECTURES
 
-from paceline.engine.types import EMPTY_TREE, DraftBatch, DraftTree
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
+from paceline.engine.types import DraftBatch
 from paceline.verify.verifier import Verifier
 
 PROMPTS = [prompt_of(n) for n in (1, 8, 27, 80)]

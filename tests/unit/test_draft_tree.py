@@ -8,9 +8,9 @@ from engine_tools import tree
 
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.draft.tree import build, merge
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.feedback import node_labels
 from paceline.engine.sampling import Law
-from paceline.engine.types import DraftTree
 
 ACCEPTANCE = {"a": np.array([0.9, 0.6, 0.3]), "b": np.array([0.8, 0.5, 0.95])}
 

@@ -7,18 +7,9 @@ import pytest
 import torch
 from engine_tools import batch_of, greedy, llm, make_request, prompt_of, reference, run, tree
 
+from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import node_labels, observations, step_stats
-from paceline.engine.types import (
-    EMPTY_TREE,
-    Acceptance,
-    DraftBatch,
-    InFlight,
-    NodeLabel,
-    SpecPlan,
-    StepStats,
-    TargetScores,
-    Walk,
-)
+from paceline.engine.types import Acceptance, DraftBatch, InFlight, NodeLabel, SpecPlan, StepStats, TargetScores, Walk
 from paceline.outputs import generation_stats
 
 PROMPTS = [prompt_of(n) for n in (3, 18, 33, 12)]

@@ -10,7 +10,8 @@ import pytest
 import paceline
 
 ROOT = Path(paceline.__file__).parent
-TYPES = ("errors", "config", "engine.types", "engine.request", "engine.sampling", "engine.rng")
+_VALUES = ("types", "draft_tree", "request", "sampling", "rng")
+TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
 LAYERS = (TYPES, ("cache",), ("model",), STAGES, ("engine",), ("outputs",), ("llm",), ("cli", "bench", "server"))
 

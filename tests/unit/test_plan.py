@@ -16,7 +16,8 @@ from engine_tools import (
     tree,
 )
 
-from paceline.engine.types import DraftBatch, DraftTree, NodeLabel, SpecPlan, StepPrice
+from paceline.engine.draft_tree import DraftTree
+from paceline.engine.types import DraftBatch, NodeLabel, SpecPlan, StepPrice
 from paceline.plan.base import DrafterLimits, room
 from paceline.plan.fixed import FixedLength
 from paceline.plan.step_time import StepTime
@@ -48,7 +49,7 @@ def test_fixed_is_the_same_every_step() -> None:
         assert plan.drafters == ("ngram", "draft")
         assert plan.limits == {"ngram": 4, "draft": 3}
         policy.learn(step_stats([NodeLabel("ngram", 0, False)] * 50))
-    assert plan.acceptance["ngram"][0] < 0.1
+    assert plan.acceptance[""]["ngram"][0] < 0.1
     assert not policy.plan(decoding(2, max_tokens=1), 1000).looks_ahead
 
 
@@ -151,6 +152,7 @@ def test_estimates_follow_a_change_within_fifty_labels() -> None:
     estimates.learn([NodeLabel("ngram", 1, False)] * 50)
     assert estimates.tables()["ngram"][1] < 0.2
     assert estimates.tables()["ngram"][0] == estimates.tables()["draft"][0] == 0.5, "the others are untouched"
+    assert estimates.tables("another tenant")["ngram"][1] == 0.5, "tenants share nothing"
 
 
 def test_estimates_start_from_the_prior() -> None:

@@ -48,7 +48,7 @@ def simulate(
     for step in range(num_steps):
         plan = policy.plan(decoding(requests), 1000)
         depth = min(plan.limits.get(drafter, 0), max(plan.budgets, default=0)) if drafter in plan.drafters else 0
-        chain = np.cumprod(np.full(depth, plan.acceptance[drafter][0])) if depth else np.empty(0)
+        chain = np.cumprod(np.full(depth, plan.acceptance[""][drafter][0])) if depth else np.empty(0)
         draft = tree([1] * depth, list(range(-1, depth - 1)), survival=chain, drafter=(drafter,) * depth)
         kept = trim(DraftBatch((draft,) * requests), plan) if depth else DraftBatch((draft,) * requests)
         labels: list[NodeLabel] = []

@@ -9,9 +9,10 @@ import pytest
 from engine_tools import TOKEN_BYTES, greedy, llm, make_blocks, make_request, prompt_of, reference, run, tree
 
 from paceline import SamplingParams
+from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.engine import Engine
 from paceline.engine.request import FinishReason, Request
-from paceline.engine.types import EMPTY_TREE, DraftBatch, InFlight, ScheduledBatch
+from paceline.engine.types import DraftBatch, InFlight, ScheduledBatch
 from paceline.schedule.scheduler import Scheduler
 
 
