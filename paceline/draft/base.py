@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from paceline.arrays import FloatArray, IntArray
+from paceline.cache.block_manager import BlockManager
 from paceline.engine.request import Request
 from paceline.engine.sampling import Law
 from paceline.engine.types import Observation, Tap
@@ -63,6 +64,9 @@ class Drafter(Protocol):
     """First guess of the acceptance probability of each confidence class.  # [num_keys]"""
     cost_per_token: bool
     """Whether drafting takes forwards of its own (a draft model), so that its length must be planned."""
+
+    blocks: BlockManager | None
+    """Its own KV cache, if it has one."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """One proposal per context; `NOTHING` where it has no guess."""

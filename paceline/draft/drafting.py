@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from paceline.arrays import FloatArray
+from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import DraftContext, Drafter, Proposal
 from paceline.draft.tree import build, merge
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
@@ -27,7 +28,7 @@ class Drafting:
     Args:
         drafters: in order of preference.
         merge_trees: unite the proposals of several drafters; otherwise the first that proposes anything is taken
-            (which one that is depends on committed tokens alone).
+            (which one that is must not depend on the noise of the draws to come).
         vocab_size: proposed tokens must be below it.
     """
 
@@ -98,6 +99,10 @@ class Drafting:
             except Exception:
                 logger.exception("drafter %s failed to observe and is left out from now on", name)
                 del self.drafters[name]
+
+    def block_managers(self) -> list[BlockManager]:
+        """The caches that drafters hold, for the engine's accounting."""
+        return [d.blocks for d in self._all if d.blocks is not None]
 
     def forget(self, request: Request) -> None:
         """Drop a finished request's state."""

@@ -56,6 +56,10 @@ class _Draft:
     keys: list[int] = field(default_factory=list)
     laws: list[Law] = field(default_factory=list)
 
+    def num_missing(self) -> int:
+        """Committed tokens that the draft cache lacks."""
+        return len(self.context.request.token_ids) - len(self.sequence.tokens)
+
 
 class ModelDrafter:
     """Drafts with a second model.
@@ -65,7 +69,9 @@ class ModelDrafter:
         blocks: its block manager.
         vocab_size: the target's; draft logits are cut or padded to it.
         coupled: draw with the target's noise and carry no laws.
-        max_tokens: most tokens of one forward while catching up with a prompt.
+        stop_ids: the target's end tokens, which `min_tokens` masks in both laws.
+        max_model_len: longest sequence the draft model was made for; longer ones get no draft.
+        max_tokens: most tokens of one step's catching up; a request whose prompt takes more waits its turn.
     """
 
     name = "draft"
@@ -79,12 +85,17 @@ class ModelDrafter:
         *,
         vocab_size: int,
         coupled: bool,
+        stop_ids: Sequence[int] = (),
+        max_model_len: int = 1 << 30,
         max_tokens: int = 512,
     ) -> None:
         self._runner = runner
-        self.blocks = blocks
+        self.blocks: BlockManager | None = blocks
+        self._blocks = blocks
         self._vocab_size = vocab_size
         self._coupled = coupled
+        self._stop_ids = tuple(stop_ids)
+        self._max_model_len = max_model_len
         self._max_tokens = max_tokens
         self._sequences: dict[Request, _Sequence] = {}
         self.prior = np.linspace(0.2, 0.95, _CLASSES)
@@ -92,16 +103,16 @@ class ModelDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """A chain per request; nothing where the draft cache has no room."""
         drafts = [self._start(c) if c.budget > 0 else None for c in contexts]
-        active = [d for d in drafts if d is not None]
-        self._catch_up(active)
+        active = self._catch_up([d for d in drafts if d is not None])
         while active:
             rows = self._forward(active)
             for draft, row in zip(active, rows, strict=True):
                 self._extend(draft, row)
             active = [d for d in active if len(d.tokens) < d.context.budget]
-        return [
-            NOTHING if d is None else chain(d.tokens, d.keys, None if self._coupled else tuple(d.laws)) for d in drafts
-        ]
+        return [NOTHING if d is None or not d.tokens else self._proposal(d) for d in drafts]
+
+    def _proposal(self, draft: _Draft) -> Proposal:
+        return chain(draft.tokens, draft.keys, None if self._coupled else tuple(draft.laws))
 
     def observe(self, observation: Observation) -> None:
         """Nothing to do: the next round compares its cache with the committed tokens."""
@@ -110,25 +121,34 @@ class ModelDrafter:
         """Release the request's draft blocks."""
         sequence = self._sequences.pop(request, None)
         if sequence is not None:
-            self.blocks.release(sequence.table)
+            self._blocks.release(sequence.table)
 
     def _start(self, context: DraftContext) -> _Draft | None:
         request = context.request
+        if len(request.token_ids) + context.budget > self._max_model_len:
+            return None
         sequence = self._sequences.setdefault(request, _Sequence())
         sequence.follow(request.token_ids)
-        self.blocks.shrink(sequence.table, len(sequence.tokens))
-        if not self.blocks.grow(sequence.table, len(request.token_ids) + context.budget):
+        self._blocks.shrink(sequence.table, len(sequence.tokens))
+        if not self._blocks.grow(sequence.table, len(request.token_ids) + context.budget):
             self.forget(request)
             return None
         return _Draft(context, sequence)
 
-    def _catch_up(self, drafts: Sequence[_Draft]) -> None:
-        """Compute all committed tokens but the last, in forwards of bounded size and without logits."""
-        for draft in drafts:
-            committed = draft.context.request.token_ids
-            while len(committed) - len(draft.sequence.tokens) > self._max_tokens:
-                start = len(draft.sequence.tokens)
-                self._run([draft.sequence], [committed[start : start + self._max_tokens]], ())
+    def _catch_up(self, drafts: Sequence[_Draft]) -> list[_Draft]:
+        """Those who can draft now. Prompts are computed in chunks, at most `max_tokens` a step for all together;
+        whoever lacks least goes first."""
+        ready: list[_Draft] = []
+        left = self._max_tokens
+        for draft in sorted(drafts, key=_Draft.num_missing):
+            committed, done = draft.context.request.token_ids, len(draft.sequence.tokens)
+            if draft.num_missing() <= left:
+                left -= draft.num_missing()
+                ready.append(draft)
+            elif left > 0:
+                self._run([draft.sequence], [committed[done : done + left]], ())
+                left = 0
+        return ready
 
     def _forward(self, drafts: Sequence[_Draft]) -> NDArray[np.float32]:
         """Feed what each sequence has not seen; logits after its last token.  # [len(drafts), vocab]"""
@@ -155,17 +175,22 @@ class ModelDrafter:
     def _extend(self, draft: _Draft, row: NDArray[np.float32]) -> None:
         request = draft.context.request
         output = [*request.output_ids, *draft.tokens]
-        law = build_law(row, request.params, request.token_ids[: request.prompt_len], output)
-        noise = Noise(request.seed, request.sample_index)
-        if request.params.greedy:
-            token = law.draw(np.zeros(1, dtype=np.uint32))
-        else:
-            stream = Stream.TARGET if self._coupled else Stream.DRAFT
-            position = len(request.token_ids) + len(draft.tokens)
-            token = law.draw(noise.words(position, stream, self._vocab_size))
+        masked = (*self._stop_ids, *request.params.stop_token_ids)
+        law = build_law(row, request.params, request.token_ids[: request.prompt_len], output, masked)
+        token = law.draw(self._noise(request, len(draft.tokens)))
         draft.tokens.append(token)
         draft.keys.append(_confidence_class(row))
         draft.laws.append(law)
+
+    def _noise(self, request: Request, depth: int) -> NDArray[np.uint32]:
+        """Noise of the draft token at `depth`: the target's own under `coupled`, else fresh in every round."""
+        if request.params.greedy:
+            return np.zeros(self._vocab_size, dtype=np.uint32)
+        noise = Noise(request.seed, request.sample_index)
+        position = len(request.token_ids) + depth
+        if self._coupled:
+            return noise.words(position, Stream.TARGET, self._vocab_size)
+        return noise.words(position, Stream.DRAFT, self._vocab_size, round_id=len(request.token_ids))
 
 
 def _confidence_class(row: NDArray[np.float32]) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.arrays import IntArray
+from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
@@ -28,7 +29,8 @@ WIDTH = 8
 LEVEL_SIZES = (8, 21, 25, 15, 8, 3)
 _RANK_WEIGHTS = np.array([0.45, 0.15, 0.09, 0.065, 0.05, 0.04, 0.035, 0.03])
 _DEPTH_CLASSES = 3
-_MAX_TENANTS = 16
+_MAX_TENANTS = 64
+"""Matrices kept at most (1.5 MB each for 49,152 tokens), except that tenants with running requests keep theirs."""
 _MAX_CHAIN = 16
 
 
@@ -86,11 +88,13 @@ class RecyclingDrafter:
     name = "recycling"
     taps = frozenset({Tap.TOP_IDS})
     cost_per_token = False
+    blocks: BlockManager | None = None
 
     def __init__(self, *, vocab_size: int, chain: bool = False) -> None:
         self._vocab_size = vocab_size
         self._template = chain_template if chain else static_template
         self._matrices: OrderedDict[str, NDArray[np.int32]] = OrderedDict()
+        self._running: set[Request] = set()
         by_depth = [np.minimum(_RANK_WEIGHTS * (1 + 0.2 * d), 0.9) for d in range(_DEPTH_CLASSES)]
         self.prior = np.concatenate(by_depth)
 
@@ -99,6 +103,7 @@ class RecyclingDrafter:
         return [self._propose(c) if c.budget > 0 else NOTHING for c in contexts]
 
     def _propose(self, context: DraftContext) -> Proposal:
+        self._running.add(context.request)
         matrix = self._matrix(context.request.salt)
         root = context.request.token_ids[-1]
         if matrix[root, 0] < 0:
@@ -121,12 +126,20 @@ class RecyclingDrafter:
             self._matrix(observation.request.salt)[observation.row_tokens] = observation.top_ids
 
     def forget(self, request: Request) -> None:
-        """Nothing is kept per request."""
+        """The request no longer protects its tenant's matrix."""
+        self._running.discard(request)
 
     def _matrix(self, salt: str) -> NDArray[np.int32]:
         if salt not in self._matrices:
             self._matrices[salt] = np.full((self._vocab_size, WIDTH), -1, dtype=np.int32)
             if len(self._matrices) > _MAX_TENANTS:
-                self._matrices.popitem(last=False)
+                self._evict(keep=salt)
         self._matrices.move_to_end(salt)
         return self._matrices[salt]
+
+    def _evict(self, keep: str) -> None:
+        """Drop the matrix that was idle longest."""
+        busy = {request.salt for request in self._running} | {keep}
+        idle = next((salt for salt in self._matrices if salt not in busy), None)
+        if idle is not None:
+            del self._matrices[idle]

@@ -33,7 +33,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
         "paceline.draft.model_drafter:ModelDrafter",
         8,
         {"model": str},
-        ("runner", "blocks", "vocab_size", "coupled"),
+        ("runner", "blocks", "vocab_size", "coupled", "stop_ids", "max_model_len"),
     ),
 }
 

@@ -78,7 +78,7 @@ class AsyncEngine:
                 yield item
         finally:
             if not finished:
-                self.abort(request.id)
+                self._inbox.put(lambda: self._abort(request))
 
     def abort(self, request_id: str) -> None:
         """Cancel a request from any thread; unknown ids are ignored."""
@@ -123,6 +123,11 @@ class AsyncEngine:
             deliver(RequestError(f"cannot be run: {error}", field="request"))
         else:
             self._deliver[request.id] = deliver
+
+    def _abort(self, request: Request) -> None:
+        """Cancel this very request, and not another of the same id that was taken in before."""
+        if self.engine.is_running(request):
+            self.engine.abort(request.id)
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         for item in outputs:

@@ -169,10 +169,12 @@ def _drafters(
             "vocab_size": vocab_size,
             "chain": speculation.chain,
             "coupled": speculation.rule.shares_noise,
+            "stop_ids": loaded.eos_token_ids,
         }
         if "runner" in drafters.entry(wanted.name).needs:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)
-            supplies["runner"], supplies["blocks"], _ = _runner(config, draft, draft.max_model_len, False)
+            longest = min(draft.max_model_len, loaded.max_model_len)
+            supplies["runner"], supplies["blocks"], supplies["max_model_len"] = _runner(config, draft, longest, False)
         made[wanted.name] = drafters.create(wanted.name, options, supplies)
     return made
 

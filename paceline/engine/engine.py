@@ -109,6 +109,10 @@ class Engine:
             if any(not 0 <= t < self.vocab_size for t in tokens):
                 raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
 
+    def is_running(self, request: Request) -> bool:
+        """Whether this very request was taken in and has not ended."""
+        return self._requests.get(request.id) is request
+
     def abort(self, request_id: str) -> None:
         """Cancel a request; its blocks are free at once. Unknown and finished ids are ignored."""
         request = self._requests.get(request_id)
@@ -128,6 +132,7 @@ class Engine:
         started = time.perf_counter()
         batch = self.stages.scheduler.schedule()
         if not batch.items:
+            self.check()
             return StepOutput(news)
         try:
             output = self.collect(self.launch(batch, started))
@@ -175,10 +180,11 @@ class Engine:
 
     def check(self) -> None:
         """Assert that no block is lost (called whenever the engine is idle)."""
-        self.stages.scheduler.blocks.check()
-        if not self.stages.scheduler.has_work:
-            used = self.stages.scheduler.blocks.counts().used
-            assert used == 0, f"{used} block(s) are held by nobody"
+        for blocks in (self.stages.scheduler.blocks, *self.stages.drafting.block_managers()):
+            blocks.check()
+            if not self.stages.scheduler.has_work:
+                used = blocks.counts().used
+                assert used == 0, f"{used} block(s) are held by nobody"
 
     @property
     def _block_size(self) -> int:

@@ -31,7 +31,8 @@ class Stream(IntEnum):
     RESIDUAL = 2
     """The recovered token of the `rejection` rule."""
     DRAFT = 3
-    """The drafter's own draw where it must be independent of the target's."""
+    """The drafter's own draw where it must be independent of the target's; fresh in every round, since what is left
+    of an earlier round (rows that Token Recycling learned from rejected nodes) may decide who drafts next."""
 
 
 def fresh_seed() -> int:
@@ -46,11 +47,14 @@ class Noise:
     seed: int
     sample_index: int = 0
 
-    def words(self, position: int, stream: Stream, count: int) -> NDArray[np.uint32]:
-        """Uniform 32-bit integers for token ids 0..count-1 at `position`.  # [count]"""
+    def words(self, position: int, stream: Stream, count: int, round_id: int = 0) -> NDArray[np.uint32]:
+        """Uniform 32-bit integers for token ids 0..count-1 at `position`.  # [count]
+
+        `round_id` tells apart draws that are repeated at one position (a redraft after a rejection).
+        """
         generator = np.random.Philox(
             key=np.array([self.seed, self.sample_index], dtype=np.uint64),
-            counter=np.array([0, position, stream, 0], dtype=np.uint64),
+            counter=np.array([0, position, stream, round_id], dtype=np.uint64),
         )
         halves = np.asarray(generator.random_raw((count + 1) // 2), dtype="<u8").view("<u4")
         words: NDArray[np.uint32] = halves[:count]
@@ -73,7 +77,12 @@ _LOW32 = 0xFFFFFFFF
 
 
 def philox_words_torch(
-    noise: Noise, position: int, stream: Stream, count: int, device: torch.device | str = "cpu"
+    noise: Noise,
+    position: int,
+    stream: Stream,
+    count: int,
+    device: torch.device | str = "cpu",
+    round_id: int = 0,
 ) -> torch.Tensor:
     """`Noise.words` in tensor operations: int64 values in [0, 2^32) on `device`.  # [count]
 
@@ -81,7 +90,7 @@ def philox_words_torch(
     """
     blocks = torch.arange(1, -(-count // WORDS_PER_BLOCK) + 1, dtype=torch.int64, device=device)
     c0, c2 = blocks, torch.full_like(blocks, int(stream))
-    c1, c3 = torch.full_like(blocks, position), torch.zeros_like(blocks)
+    c1, c3 = torch.full_like(blocks, position), torch.full_like(blocks, round_id)
     k0, k1 = noise.seed, noise.sample_index
     for _ in range(_ROUNDS):
         high0, low0 = _multiply_wide(c0, _MULTIPLIERS[0])

@@ -273,7 +273,7 @@ def test_a_loop_that_is_gone_does_not_stop_the_engine(monkeypatch: pytest.Monkey
         stream = served.generate(orphan)
         first = asyncio.ensure_future(anext(stream))
         await until(lambda: served.num_open == 1)
-        monkeypatch.setattr(served, "abort", lambda _: None)
+        monkeypatch.setattr(served, "_abort", lambda _: None)
         first.cancel()
 
     async def stay() -> None:

@@ -270,11 +270,18 @@ def test_salts_share_no_matrix() -> None:
 
 def test_the_number_of_tenants_is_bounded() -> None:
     drafter = RecyclingDrafter(vocab_size=30)
-    for i in range(40):
-        propose(drafter, make_request([1], salt="kept"))
-        propose(drafter, make_request([1], salt=str(i)))
-    assert len(drafter._matrices) == 16
+    running = make_request([1], salt="running")
+    propose(drafter, running)
+    for i in range(100):
+        for salt in ("kept", str(i)):
+            propose(drafter, passing := make_request([1], salt=salt))
+            drafter.forget(passing)
+    assert len(drafter._matrices) == 64
     assert "kept" in drafter._matrices, "the least recently used goes"
+    assert "running" in drafter._matrices, "a tenant with a running request keeps its rows"
+    drafter.forget(running)
+    propose(drafter, make_request([1], salt="one more"))
+    assert "running" not in drafter._matrices
 
 
 @pytest.mark.parametrize(
