@@ -53,10 +53,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _require(getattr(self, name) >= 1, ConfigError, name, "must be at least 1.")
+            _require(_is_count(getattr(self, name)), ConfigError, name, "must be a whole number of at least 1.")
         for name in ("max_model_len", "kv_cache_memory", "num_threads"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, ConfigError, name, "must be at least 1.")
+            _require(value is None or _is_count(value), ConfigError, name, "must be a whole number of at least 1.")
+        for name in ("speculation", "rule", "tree", "device"):
+            _require(isinstance(getattr(self, name), str), ConfigError, name, "must be text.")
         _require(
             self.dtype in ("auto", "float32", "bfloat16"),
             ConfigError,
@@ -131,6 +133,7 @@ class SamplingParams:
     """Text that the caller expects back: a free draft (as in OpenAI's `prediction`)."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "stop", _as_tuple(self.stop, str))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int))
         for name, low, high in (
@@ -166,6 +169,13 @@ class SamplingParams:
             "must not exceed max_tokens.",
         )
         _require(all(self.stop), SamplingParamsError, "stop", "must not contain an empty string.")
+        _require(isinstance(self.ignore_eos, bool), SamplingParamsError, "ignore_eos", "must be true or false.")
+        _require(
+            self.prediction is None or isinstance(self.prediction, str),
+            SamplingParamsError,
+            "prediction",
+            "must be text.",
+        )
         for token, bias in self.logit_bias.items():
             _require(
                 isinstance(token, int) and token >= 0 and _is_number(bias) and -100.0 <= bias <= 100.0,
@@ -194,6 +204,10 @@ class SamplingParams:
 def _require(ok: bool, error: type[ConfigError] | type[SamplingParamsError], name: str, message: str) -> None:
     if not ok:
         raise error(message, field=name)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: object) -> bool:

@@ -49,7 +49,7 @@ class ConfigError(InputError):
 
 
 class SpeculationSpecError(ConfigError):
-    """A speculation spec (`ngram:k=4+recycling@auto`) cannot be read or combined."""
+    """A speculation spec (`ngram:max=4+recycling@auto`) cannot be read or combined."""
 
 
 class RequestError(InputError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 from paceline.config import EngineConfig, SamplingParams
@@ -104,6 +106,15 @@ class LLM:
         by_id = {c.request.id: c for c in collectors}
         return [_generation(p, [by_id[r.id] for r in group]) for p, group in zip(many, groups, strict=True)]
 
+    def check(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> None:
+        """Check a prompt or conversation with its options without running it.
+
+        Raises:
+            RequestError: it cannot run; the message names the field.
+        """
+        for request in self._requests(self._as_prompt(prompt), params or SamplingParams(), ""):
+            self.engine.validate(request)
+
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -133,11 +144,15 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise SamplingParamsError("must be 1 when streaming.", field="n")
-        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            prompt = self.chat_prompt(prompt)  # type: ignore[arg-type]
-        (request,) = self._requests(prompt, params, cache_salt)  # type: ignore[arg-type]
+        plain = self._as_prompt(prompt)
+        (request,) = self._requests(plain, params, cache_salt)
         self.engine.validate(request)
-        return self._stream(prompt, Collector(request))  # type: ignore[arg-type]
+        return self._stream(plain, Collector(request))
+
+    def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
+        if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
+            return self.chat_prompt(cast(Messages, prompt))
+        return cast(Prompt, prompt)
 
     def chat_prompt(self, messages: Messages) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
@@ -222,12 +237,9 @@ def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: 
     Raises:
         RequestError: the prompt is neither text nor token ids.
     """
-    if isinstance(prompt, str):
-        token_ids = list(tokenizer.encode(prompt))
-    elif all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-        token_ids = list(prompt)
-    else:
-        raise RequestError("must be text or a list of token ids.", field="prompt")
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"must be SamplingParams, not {type(params).__name__}.", field="params")
+    token_ids = _token_ids(tokenizer, prompt)
     predicted = tokenizer.encode(params.prediction, add_special_tokens=False) if params.prediction else ()
     seed = fresh_seed() if params.seed is None else params.seed
     requests: list[Request] = []
@@ -248,15 +260,45 @@ def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: 
     return requests
 
 
+def _token_ids(tokenizer: Any, prompt: object) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        RequestError: it is neither valid text nor a sequence of whole numbers.
+    """
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError("is not valid Unicode text.", field="prompt") from error
+        return list(tokenizer.encode(prompt))
+    try:
+        items = list(prompt)  # type: ignore[call-overload]
+        ids = [operator.index(t) for t in items]
+    except TypeError as error:
+        raise RequestError("must be text or a sequence of token ids.", field="prompt") from error
+    if any(isinstance(t, bool) for t in items):
+        raise RequestError("must be text or a sequence of token ids.", field="prompt")
+    return ids
+
+
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (_is_sequence(prompts) and len(prompts) and isinstance(prompts[0], Integral)):
         return [cast(Prompt, prompts)]
+    if not _is_sequence(prompts):
+        raise RequestError("must be text, token ids, or a list of those.", field="prompts")
     return list(cast(Sequence[Prompt], prompts))
+
+
+def _is_sequence(value: object) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping)
 
 
 def _spread(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not _is_sequence(params):
+        raise RequestError(f"must be SamplingParams, not {type(params).__name__}.", field="params")
     if len(params) != count:
         raise RequestError(f"{len(params)} given for {count} prompts.", field="params")
     return list(params)

@@ -31,7 +31,7 @@ EPILOG = """\
 examples:
   paceline chat smollm2-135m
   paceline chat smollm2-135m --system "Answer in one sentence." --temperature 0
-  paceline chat smollm2-135m --speculation ngram:k=4+recycling
+  paceline chat smollm2-135m --speculation ngram:k=4+recycling:k=16
 
 In the conversation:
   /reset    forget everything said so far

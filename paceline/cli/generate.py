@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
 from paceline.config import SamplingParams
-from paceline.errors import InputError, SamplingParamsError
+from paceline.errors import InputError, PacelineError, SamplingParamsError
 
 if TYPE_CHECKING:
     from paceline.llm import LLM
@@ -25,7 +25,7 @@ examples:
   paceline generate smollm2-135m --prompt "Once upon a time" --max-tokens 64 --seed 1
   paceline generate smollm2-135m --chat --prompt "Name three rivers." --temperature 0 --json
   paceline generate smollm2-135m --prompt-file prompts.jsonl --n 2 --json answers.json
-  paceline generate smollm2-135m - --speculation ngram:k=4+recycling < prompt.txt
+  paceline generate smollm2-135m - --speculation ngram:k=4+recycling:k=16 < prompt.txt
 
 Each line of a prompt file is an object with "prompt" (text) or "messages" (a chat); other keys are sampling
 options of that line, such as "max_tokens" or "prediction".
@@ -41,6 +41,8 @@ class Item:
 
     prompt: str | list[dict[str, Any]]
     params: SamplingParams
+    where: str = ""
+    """Its line in the prompt file."""
 
 
 def register(subparsers: Any) -> None:
@@ -73,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     engine = options.engine_options(args)
     options.check_writable(args.json, "--json")
+    if args.logprobs is not None and args.json is None:
+        raise InputError("are reported in JSON only.", field="--logprobs", fix="Add --json - or --json FILE.")
     items = read_items(args, options.sampling_params(args))
     console = options.stderr_console()
     with options.open_llm(args.model, engine, console) as llm:
@@ -80,12 +84,13 @@ def run(args: argparse.Namespace) -> int:
             return _stream(llm, items[0])
         done: list[Generation] = []
         several = len(items) > 1 or items[0].params.n > 1
+        check(llm, items)
         try:
             with options.status(console, "answering") as say:
                 for start in range(0, len(items), BATCH):
                     say(f"{start} of {len(items)} prompts answered")
                     done += answer(llm, items[start : start + BATCH])
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PacelineError):
             print(f"{len(done)} of {len(items)} prompts were finished and are kept.", file=sys.stderr)
             if done:
                 _emit(args, llm.model_name, done, several=several)
@@ -128,7 +133,7 @@ def _item_of_line(line: dict[str, Any], params: SamplingParams, chat: bool, wher
         own = options.with_overrides(params, rest)
     except SamplingParamsError as error:
         raise InputError(f"{where}: {error}", field="--prompt-file") from error
-    return Item(_as_chat(str(prompt)) if chat and messages is None else messages or str(prompt), own)
+    return Item(_as_chat(str(prompt)) if chat and messages is None else messages or str(prompt), own, where)
 
 
 def _as_chat(text: str) -> list[dict[str, Any]]:
@@ -141,6 +146,19 @@ def _is_chat(value: object) -> bool:
         and len(value) > 0
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
     )
+
+
+def check(llm: LLM, items: Sequence[Item]) -> None:
+    """Refuse what cannot run before anything is generated.
+
+    Raises:
+        InputError: names the item.
+    """
+    for item in items:
+        try:
+            llm.check(item.prompt, item.params)
+        except InputError as error:
+            raise InputError(f"{item.where}: {error}" if item.where else str(error)) from error
 
 
 def answer(llm: LLM, items: Sequence[Item]) -> list[Generation]:
@@ -159,9 +177,15 @@ def answer(llm: LLM, items: Sequence[Item]) -> list[Generation]:
 def to_json(model: str, generations: Sequence[Generation], *, several: bool) -> dict[str, Any]:
     """The JSON form of the results."""
     entries = [
-        {"model": model, **_entry(generation, output)} for generation in generations for output in generation.outputs
+        {"model": model, **_entry(generation, output), "prompt_index": number, "index": output.index}
+        for number, generation in enumerate(generations)
+        for output in generation.outputs
     ]
-    return {"model": model, "outputs": entries} if several else entries[0]
+    return {"model": model, "outputs": entries} if several else _only(entries[0])
+
+
+def _only(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in ("prompt_index", "index")}
 
 
 def _entry(generation: Generation, output: Completion) -> dict[str, Any]:

@@ -98,6 +98,9 @@ def with_overrides(params: SamplingParams, overrides: Mapping[str, Any]) -> Samp
     unknown = sorted(set(overrides) - known)
     if unknown:
         raise SamplingParamsError(f"unknown key {unknown[0]!r}.", fix=f"Known: {', '.join(sorted(known))}.")
+    if isinstance(bias := overrides.get("logit_bias"), Mapping):  # JSON has text keys only
+        keys = {int(k) if isinstance(k, str) and k.isdecimal() else k: value for k, value in bias.items()}
+        overrides = {**overrides, "logit_bias": keys}
     try:
         return dataclasses.replace(params, **overrides)
     except (TypeError, AttributeError) as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
 from paceline.plan.base import DrafterLimits, LengthPolicy
-from paceline.plan.registry import POLICIES, create_policy
+from paceline.plan.registry import check_policy, create_policy
 from paceline.plan.spec import SpeculationSpec, parse_speculation
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.schedule.scheduler import Scheduler
@@ -71,8 +73,8 @@ def check_speculation(config: EngineConfig) -> Speculation:
             raise SpeculationSpecError(
                 "drafter draft needs a model.", field="speculation", fix="Write draft:model=PATH_OR_NAME."
             )
-    if spec.drafters and spec.policy not in POLICIES:
-        create_policy(spec.policy, (), AcceptanceEstimates({}), _no_measure)
+    if spec.drafters:
+        check_policy(spec.policy, spec.policy_options)
     return Speculation(spec, rule, chain=config.tree == "chain" or not rule.allows_trees)
 
 
@@ -142,6 +144,11 @@ def _runner(
                 field="kv_cache_memory",
                 fix=f"Give at least {needed * per_block} bytes, or lower max_model_len to {fits}.",
             )
+        logger.warning(
+            "memory for the KV cache allows %d tokens a sequence instead of %d; kv_cache_memory sets it",
+            fits,
+            max_model_len,
+        )
         max_model_len = fits
     kv = PagedKV(shape, num_blocks, config.block_size, loaded.device)
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
@@ -151,8 +158,17 @@ def _runner(
 def _default_kv_bytes(device: torch.device, one_sequence: int) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(max(_CPU_KV_BYTES, one_sequence), available // 2)
+    return min(max(_CPU_KV_BYTES, one_sequence), _available_memory() // 2)
+
+
+def _available_memory() -> int:
+    """Bytes that can be taken without swapping; the page cache counts as available."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _drafters(
@@ -216,7 +232,3 @@ def _policy(
         estimates,
         lambda: measure_step_time(runner, blocks, max_model_len, on_progress),
     )
-
-
-def _no_measure() -> Any:
-    raise AssertionError("an unknown policy is refused before anything is measured")

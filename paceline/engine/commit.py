@@ -117,7 +117,10 @@ class Committer:
 
     def _append(self, request: Request, tokens: Sequence[int]) -> tuple[list[str], FinishReason | None]:
         """Append tokens up to the first that ends the request; the text each one released."""
-        text = self._text.setdefault(request, Detokenizer(self._tokenizer, request.params.stop))
+        text = self._text.get(request)
+        if text is None:
+            prompt = request.token_ids[: request.prompt_len]
+            text = self._text[request] = Detokenizer(self._tokenizer, request.params.stop, prompt)
         pieces: list[str] = []
         for token in tokens:
             request.token_ids.append(token)

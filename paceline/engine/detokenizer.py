@@ -11,6 +11,9 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_PRIMING = 6
+"""Prompt tokens that prime the decoder: enough for a character of several byte tokens."""
+
 
 class Detokenizer:
     """The text of one request.
@@ -18,11 +21,15 @@ class Detokenizer:
     Args:
         tokenizer: a `transformers` tokenizer with a fast backend.
         stop: strings that end the text.
+        prompt_ids: the prompt. Its end primes the decoder, since some tokenizers drop a space at the very start.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._prompt_end = list(prompt_ids[-_PRIMING:])
+        for token in self._prompt_end:
+            self._stream.step(tokenizer.backend_tokenizer, token)
         self._stop = tuple(stop)
         self._longest = max((len(s) for s in stop), default=0)
         self._text = ""
@@ -53,8 +60,10 @@ class Detokenizer:
 
     def flush(self, output_ids: Sequence[int]) -> str:
         """Release what was held back, at the end of a request that no stop string ended."""
-        full = self._tokenizer.decode(list(output_ids), skip_special_tokens=True)
-        if full.startswith(self.released):
+        before = self._tokenizer.decode(self._prompt_end, skip_special_tokens=True)
+        both = self._tokenizer.decode([*self._prompt_end, *output_ids], skip_special_tokens=True)
+        full = both.removeprefix(before)
+        if both.startswith(before) and full.startswith(self.released):
             self._text = full
         return self._release(len(self._text))
 

@@ -90,6 +90,7 @@ class Engine:
         """
         if request.id in self._requests or any(news.request_id == request.id for news in self._news):
             raise RequestError(f"{request.id!r} is running already.", field="request_id")
+        _check_salt(request.salt)
         if not request.token_ids:
             raise RequestError("is empty.", field="prompt", fix="Give at least one token.")
         limit = min(self.max_model_len, self.stages.scheduler.blocks.num_blocks * self._block_size)
@@ -97,7 +98,7 @@ class Engine:
             raise PromptTooLongError(
                 f"has {request.prompt_len} tokens, and prompt and output together may have {limit}.",
                 field="prompt",
-                fix="Shorten the prompt, or raise max_model_len if the model allows it.",
+                fix="Shorten the prompt; max_model_len and kv_cache_memory set the limit, up to the model's own.",
             )
         mentioned = {
             "prompt": request.token_ids,
@@ -202,3 +203,14 @@ class Engine:
         self.stages.scheduler.finish(request)
         self.stages.drafting.forget(request)
         self.stages.committer.forget(request)
+
+
+def _check_salt(salt: object) -> None:
+    valid = isinstance(salt, str)
+    if isinstance(salt, str):
+        try:
+            salt.encode()
+        except UnicodeEncodeError:
+            valid = False
+    if not valid:
+        raise RequestError("must be valid Unicode text.", field="cache_salt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from paceline.errors import SpeculationSpecError
 from paceline.plan.auto import AutoLength
@@ -18,16 +18,23 @@ POLICIES: dict[str, Callable[[Sequence[DrafterLimits], AcceptanceEstimates, Meas
 }
 
 
-def create_policy(
-    name: str, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates, measure: Measure
-) -> LengthPolicy:
-    """The policy of that name; `measure` is called only if it needs step times.
+def check_policy(name: str, options: Mapping[str, str]) -> None:
+    """Refuse what no policy knows.
 
     Raises:
-        SpeculationSpecError: there is none.
+        SpeculationSpecError: an unknown policy, or an option it does not take.
     """
     if name not in POLICIES:
         raise SpeculationSpecError(
             f"unknown policy {name!r}.", field="speculation", fix=f"Known policies: {', '.join(POLICIES)}."
         )
+    unknown = sorted(set(options) - ({"k"} if name == "fixed" else set()))
+    if unknown:
+        raise SpeculationSpecError(f"policy {name} has no option {unknown[0]!r}.", field="speculation")
+
+
+def create_policy(
+    name: str, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates, measure: Measure
+) -> LengthPolicy:
+    """A policy that `check_policy` knows; `measure` is called only if it needs step times."""
     return POLICIES[name](drafters, estimates, measure)

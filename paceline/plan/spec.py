@@ -94,10 +94,14 @@ def from_vllm_json(text: str) -> str:
     options = [] if length is None else [f"k={length}"]
     if method in ("ngram", "[ngram]"):
         lookup = config.get("prompt_lookup_max", config.get("prompt_lookup_min", 5))
-        options += [f"lookup_max={lookup}", f"lookup_min={config.get('prompt_lookup_min', lookup)}"]
+        shortest = config.get("prompt_lookup_min", lookup)
+        options += [f"lookup_max={_whole(lookup, text)}", f"lookup_min={_whole(shortest, text)}"]
         return "ngram:" + ",".join(options)
     if method == "draft_model" and isinstance(config.get("model"), str):
-        return "draft:" + ",".join([f'model="{config["model"]}"', *options])
+        quote = "'" if '"' in config["model"] else '"'
+        if quote in config["model"]:
+            raise SpeculationSpecError("a model name cannot hold both kinds of quotes.", field="speculative-config")
+        return "draft:" + ",".join([f"model={quote}{config['model']}{quote}", *options])
     raise SpeculationSpecError(
         f"method {method!r} has no counterpart here.",
         field="speculative-config",
@@ -119,6 +123,8 @@ def _with_default_k(drafter: DrafterSpec, k: str | None, text: str) -> DrafterSp
         return drafter
     if k is None:
         raise _error(f"policy fixed needs k= for drafter {drafter.name}", text)
+    if drafter.maximum is not None:
+        raise _error("policy fixed has no max=; give k=", text)
     return DrafterSpec(drafter.name, _whole(k, text), None, drafter.options)
 
 

@@ -17,6 +17,7 @@ import pytest
 from paceline.cli import bench, chat, demo, generate, options, pull
 from paceline.cli.main import COMMANDS, main, parse_args
 from paceline.config import EngineConfig, SamplingParams
+from paceline.engine.builder import check_speculation
 from paceline.errors import DownloadError, PromptTooLongError
 from paceline.outputs import Completion, Generation, GenerationStats, StreamChunk
 
@@ -71,6 +72,10 @@ class FakeLLM:
     def __exit__(self, *_: object) -> None:
         self.calls.append("closed")
 
+    def check(self, prompt: Any, params: Any) -> None:  # noqa: ARG002
+        if "too long" in str(prompt):
+            raise PromptTooLongError("has 9001 tokens.", field="prompt")
+
     def generate(self, prompts: Any, params: Any) -> list[Generation]:
         if self.interrupt_after is not None and len(self.calls) >= self.interrupt_after:
             raise KeyboardInterrupt
@@ -123,7 +128,11 @@ def test_help_examples_parse(module: Any) -> None:
     assert len(commands) >= 2
     for command in commands:
         words = shlex.split(command.split(" < ")[0])
-        assert parse_args(words[1:]).run is module.run
+        args = parse_args(words[1:])
+        assert args.run is module.run
+        given = getattr(args, "speculation", None) or []
+        for spec in [given] if isinstance(given, str) else given:
+            check_speculation(EngineConfig(speculation=spec))
 
 
 def test_demo_names_commands_that_parse() -> None:
@@ -445,3 +454,19 @@ def test_demo_compares_lengths_and_text() -> None:
     assert demo.Pair("t", full, full).same
     assert not demo.Pair("t", full, short).same
     assert not demo.Pair("t", full, dataclasses.replace(full, outputs=(output,))).same
+
+
+def test_a_line_that_cannot_run_is_named_before_anything_runs(
+    fake: FakeLLM, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "fine", "logit_bias": {"12": 5}}\n{"prompt": "too long"}\n')
+    assert main(["generate", "fake", "--prompt-file", str(file)]) == 2
+    assert "line 2" in capsys.readouterr().err
+    assert fake.calls[-1] == "closed"
+    assert len(fake.calls) == 2, "only opened and closed"
+
+
+def test_logprobs_need_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "fake", "--prompt", "a", "--logprobs", "2"]) == 2
+    assert "--json" in capsys.readouterr().err

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_tools import TOKEN_BYTES, greedy, llm, loaded, make_request, prompt_of, reference, run
 from fakes import make_llm
 
-from paceline import errors
+from paceline import SamplingParams, errors
+from paceline.config import EngineConfig
 
 PROMPT = prompt_of(5)
 
@@ -87,3 +89,33 @@ def test_a_cache_smaller_than_the_model_shortens_the_context() -> None:
 def test_params_for_another_number_of_prompts() -> None:
     with pytest.raises(errors.RequestError):
         llm().generate([PROMPT], [greedy(), greedy()])
+
+
+@pytest.mark.parametrize("salt", [5, "\ud800"])
+def test_salts_that_are_refused(salt: Any) -> None:
+    with pytest.raises(errors.RequestError, match="cache_salt"):
+        llm().generate([PROMPT], cache_salt=salt)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"prediction": 3}, "prediction"), ({"ignore_eos": "no"}, "ignore_eos"), ({"temperature": "hot"}, "temperature")],
+)
+def test_sampling_options_of_the_wrong_type(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(errors.SamplingParamsError, match=field):
+        SamplingParams(**options)
+    assert SamplingParams(logit_bias=None).logit_bias == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"max_num_seqs": "4"}, {"max_model_len": 1.5}, {"speculation": None}])
+def test_engine_options_of_the_wrong_type(options: dict[str, Any]) -> None:
+    with pytest.raises(errors.ConfigError, match=next(iter(options))):
+        EngineConfig(**options)
+
+
+def test_arrays_are_prompts_too() -> None:
+    engine = llm()
+    assert engine.generate(np.array(PROMPT))[0].prompt_token_ids == tuple(PROMPT)
+    assert engine.generate([np.array(PROMPT)])[0].prompt_token_ids == tuple(PROMPT)
+    with pytest.raises(errors.RequestError, match="params"):
+        engine.generate([PROMPT], {"max_tokens": 3})  # type: ignore[arg-type]

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from paceline.config import EngineConfig
+from paceline.engine.builder import check_speculation
 from paceline.errors import SpeculationSpecError
 from paceline.plan.spec import AUTO_DRAFTERS, MAX_LENGTH, DrafterSpec, from_vllm_json, parse_speculation
 
@@ -122,3 +124,9 @@ def test_vllm_json(config: dict[str, object], spec: str) -> None:
 def test_vllm_json_that_is_refused(text: str) -> None:
     with pytest.raises(SpeculationSpecError):
         from_vllm_json(text)
+
+
+@pytest.mark.parametrize("spec", ["ngram@auto:alpha=3", "ngram@fixed:k=4,bogus=1", "ngram:max=9@fixed:k=4", "ngram@x"])
+def test_policy_options_are_not_dropped_silently(spec: str) -> None:
+    with pytest.raises(SpeculationSpecError):
+        check_speculation(EngineConfig(speculation=spec))
