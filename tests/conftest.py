@@ -21,6 +21,13 @@ REAL_MODEL = os.environ.get("PACELINE_TEST_MODEL", "smollm2-135m")
 """What tests marked `real_model` load; another source of the same model where no index is reachable."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long suites may take an hour a test on a small machine."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(autouse=True)
 def _no_block_is_lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test, every engine it made accounts for all its blocks."""

@@ -7,16 +7,20 @@ depends on the batch's shape, so near-ties may fall either way: each divergence 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from lossless.real import chat_prompts, logits_in_chunks, real_llm, spec_bench
 
 from paceline import LLM, SamplingParams
+from paceline.engine.sampling import Law
+from paceline.engine.types import DraftTree, Walk
 from paceline.model.loader import LoadedModel
 from paceline.outputs import Generation
+from paceline.verify.coupled import CoupledRule
 
 pytestmark = pytest.mark.real_model
 SPECS = (
@@ -88,13 +92,31 @@ def test_fp32_text_is_the_same(
         assert sum(g.stats.accepted_tokens for g in (*batch, *alone)) > 0, "nothing was accepted, so nothing is tested"
 
 
-def test_a_broken_comparison_would_show(expected: list[Generation]) -> None:
-    """The check compares lengths too: a text cut short is not the same text."""
-    cut = [Generation(g.prompt, g.prompt_token_ids, g.outputs) for g in expected]
-    assert all(_same(cut, expected))
-    shorter = expected[0].outputs[0].token_ids[:-1]
-    output = type(expected[0].outputs[0])(0, expected[0].text, shorter, "length", None, 0, expected[0].stats)
-    assert not _same([Generation(None, (), (output,))], expected[:1])[0]
+class _Credulous(CoupledRule):
+    """Broken: takes the first two draft tokens whatever the target says."""
+
+    def accept(self, tree: DraftTree, law: Any, noise: Any, position: int, vocab_size: int) -> Walk:
+        def nearly(node: int, path: Sequence[int]) -> Law:
+            drafted = [int(tree.tokens[child]) for child in tree.children()[node + 1]]
+            return Law.point(drafted[0]) if drafted and len(path) < 2 else law(node, path)
+
+        return super().accept(tree, nearly, noise, position, vocab_size)
+
+
+def test_a_rule_that_trusts_the_draft_is_caught(
+    real_model: LoadedModel, prompts: list[list[int]], expected: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paceline.verify.accept._ARGMAX_MATCH", _Credulous())
+    found = real_llm(real_model, "recycling:k=4").generate(prompts, _params(SHORT))
+    assert not all(_same(found, expected))
+
+
+def test_a_text_cut_short_is_caught(expected: list[Generation]) -> None:
+    """Lengths are compared too: no `zip` hides a missing tail."""
+    first = expected[0].outputs[0]
+    cut = replace(first, token_ids=first.token_ids[:-1])
+    assert _same(expected[:1], expected[:1]) == [True]
+    assert _same([replace(expected[0], outputs=(cut,))], expected[:1]) == [False]
 
 
 # The long suites: Spec-Bench prompts, 256 tokens each. Their reference runs without speculation in batches of eight.
@@ -182,6 +204,15 @@ def test_bf16_divergences_are_near_ties(
     apart = sorted(gap for gap in gaps if gap is not None)
     print(f"\nbf16 {spec}, batch {batch}: {len(apart)} of {len(gaps)} diverge, fp32 gaps {np.round(apart, 4).tolist()}")
     assert all(gap <= noise for gap in apart), f"fp32 gaps {apart} above the noise of {noise:.4f}"
+
+
+@pytest.mark.slow
+def test_wrong_tokens_are_not_near_ties(real_model: LoadedModel, bf16: Reference, noise: float) -> None:
+    """An error that is no rounding is not explained away: most positions have a gap above the noise."""
+    exact = real_llm(real_model, **ROOM)
+    wrong = [replace(g, outputs=(replace(g.outputs[0], token_ids=(*g.token_ids[:9], 0)),)) for g in bf16.expected]
+    gaps = [_divergence(exact, a, b) for a, b in zip(wrong, bf16.expected, strict=True)]
+    assert sum(gap is not None and gap > noise for gap in gaps) > len(gaps) // 2
 
 
 def _divergence(exact: LLM, found: Generation, expected: Generation) -> float | None:

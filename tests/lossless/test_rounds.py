@@ -40,7 +40,6 @@ def test_decisions_read_their_own_noise(tmp_path: Path, monkeypatch: pytest.Monk
     assert [place for place, times in reads.items() if times > 1 and place[2] is not Stream.DRAFT] == []
 
 
-@pytest.mark.xfail(strict=True, reason="draft noise is keyed by position alone, so a later round draws from it again")
 def test_every_round_draws_its_draft_from_fresh_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = _reads(tmp_path, monkeypatch)
     assert [place for place, times in reads.items() if times > 1] == []
