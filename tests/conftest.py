@@ -21,6 +21,10 @@ REAL_MODEL = os.environ.get("PACELINE_TEST_MODEL", "smollm2-135m")
 """What tests marked `real_model` load; another source of the same model where no index is reachable."""
 
 
+# Tiny models gain nothing from threads, and threads that wait on one another lose much on busy cores.
+torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The long suites may take an hour a test on a small machine."""
     for item in items:

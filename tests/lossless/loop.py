@@ -95,7 +95,9 @@ def run(llm: LLM, params: dict[str, Any], runs: int, first_seed: int = 0) -> Run
     """`runs` samples of `PROMPT`, 128 per seed, through the whole engine."""
     seeds = range(first_seed, first_seed + -(-runs // _SAMPLES))
     common = {"n": _SAMPLES, "max_tokens": MAX_TOKENS, "ignore_eos": True, **params}
+    drafters = set(llm.engine.stages.drafting.drafters)
     generations = llm.generate([PROMPT] * len(seeds), [SamplingParams(seed=seed, **common) for seed in seeds])
+    assert set(llm.engine.stages.drafting.drafters) == drafters, "a drafter failed and was left out"
     outputs = [list(g.outputs) for g in generations]
     assert all(o.error is None and len(o.token_ids) == MAX_TOKENS for group in outputs for o in group)
     return Runs(

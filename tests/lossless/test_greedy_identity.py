@@ -207,6 +207,7 @@ def test_bf16_divergences_are_near_ties(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_wrong_tokens_are_not_near_ties(real_model: LoadedModel, bf16: Reference, noise: float) -> None:
     """An error that is no rounding is not explained away: most positions have a gap above the noise."""
     exact = real_llm(real_model, **ROOM)

@@ -18,6 +18,7 @@ from paceline.engine.rng import WORDS_PER_BLOCK, Noise, Stream, fresh_seed, phil
 SEEDS = (0, 1, 12345, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
 SAMPLES = (0, 1, 127)
 POSITIONS = (0, 1, 77, 131_071, 2**31 + 5)
+ROUNDS = (0, 1, 77)
 COUNTS = (1, 2, 7, 8, 9, 31, 64, 1001)
 FALSE_ALARM = 1e-6
 """Odds that one of the statistical assertions below fails although the generator is right."""
@@ -33,6 +34,9 @@ def test_numpy_and_torch_give_the_same_integers(seed: int) -> None:
             assert words.shape == (count,)
             tensor = philox_words_torch(noise, position, stream, count)
             assert tensor.tolist() == words.tolist(), (seed, sample, position, stream, count)
+        for round_id in ROUNDS:
+            words = noise.words(position, stream, 9, round_id=round_id)
+            assert philox_words_torch(noise, position, stream, 9, round_id=round_id).tolist() == words.tolist()
 
 
 def philox4x64(counter: list[int], key: list[int]) -> list[int]:
@@ -57,11 +61,12 @@ def test_the_reference_gives_the_published_answer() -> None:
 def test_words_are_philox_of_their_place() -> None:
     """Pins key and counter: a text with a seed must stay the same across releases and NumPy versions."""
     seed, sample, position = 2**63 + 11, 3, 42
-    blocks = [philox4x64([block, position, Stream.RESIDUAL, 0], [seed, sample]) for block in (1, 2)]
-    halves = [half for word in itertools.chain(*blocks) for half in (word & 0xFFFFFFFF, word >> 32)]
-    words = Noise(seed, sample).words(position, Stream.RESIDUAL, len(halves)).tolist()
-    assert words == halves
-    assert words[:3] == [1113572324, 1206433539, 1263502610]
+    for round_id in ROUNDS:
+        blocks = [philox4x64([block, position, Stream.RESIDUAL, round_id], [seed, sample]) for block in (1, 2)]
+        halves = [half for word in itertools.chain(*blocks) for half in (word & 0xFFFFFFFF, word >> 32)]
+        assert Noise(seed, sample).words(position, Stream.RESIDUAL, len(halves), round_id).tolist() == halves
+    words = Noise(seed, sample).words(position, Stream.RESIDUAL, 3).tolist()
+    assert words == [1113572324, 1206433539, 1263502610]
 
 
 def test_fewer_words_are_a_prefix_of_more() -> None:
@@ -73,8 +78,8 @@ def test_fewer_words_are_a_prefix_of_more() -> None:
 
 
 def test_every_part_of_the_place_matters() -> None:
-    places = list(itertools.product(SEEDS, SAMPLES, POSITIONS, Stream))
-    seen = {tuple(Noise(seed, sample).words(position, stream, 8)) for seed, sample, position, stream in places}
+    places = list(itertools.product(SEEDS, SAMPLES, POSITIONS, Stream, ROUNDS))
+    seen = {tuple(Noise(seed, sample).words(position, stream, 8, r)) for seed, sample, position, stream, r in places}
     assert len(seen) == len(places)
 
 
@@ -122,19 +127,22 @@ def test_low_bits_are_uniform() -> None:
     assert stats.chisquare(np.bincount(words & 0xFF, minlength=256)).pvalue > FALSE_ALARM
 
 
-def _neighbours() -> list[tuple[str, Noise, int, Stream]]:
-    """Places that differ from (seed 7, sample 0, position 3, TARGET) in one part, by one or by one bit."""
-    near: list[tuple[str, Noise, int, Stream]] = [
-        (f"stream {stream.name}", Noise(7), 3, stream) for stream in Stream if stream is not Stream.TARGET
+def _neighbours() -> list[tuple[str, Noise, int, Stream, int]]:
+    """Places that differ from (seed 7, sample 0, position 3, TARGET, round 0) in one part, by one or by one bit."""
+    near: list[tuple[str, Noise, int, Stream, int]] = [
+        (f"stream {stream.name}", Noise(7), 3, stream, 0) for stream in Stream if stream is not Stream.TARGET
     ]
-    near += [(f"position {p}", Noise(7), p, Stream.TARGET) for p in (2, 4, 7, 3 + 2**16)]
-    near += [(f"sample {s}", Noise(7, s), 3, Stream.TARGET) for s in (1, 2, 64)]
-    near += [(f"seed {s}", Noise(s), 3, Stream.TARGET) for s in (6, 8, 7 + 2**32, 7 + 2**63)]
+    near += [(f"position {p}", Noise(7), p, Stream.TARGET, 0) for p in (2, 4, 7, 3 + 2**16)]
+    near += [(f"sample {s}", Noise(7, s), 3, Stream.TARGET, 0) for s in (1, 2, 64)]
+    near += [(f"seed {s}", Noise(s), 3, Stream.TARGET, 0) for s in (6, 8, 7 + 2**32, 7 + 2**63)]
+    near += [(f"round {r}", Noise(7), 3, Stream.TARGET, r) for r in (1, 2, 2**16)]
     return near
 
 
-@pytest.mark.parametrize(("noise", "position", "stream"), [pytest.param(*n[1:], id=n[0]) for n in _neighbours()])
-def test_neighbouring_places_are_independent(noise: Noise, position: int, stream: Stream) -> None:
+@pytest.mark.parametrize(
+    ("noise", "position", "stream", "round_id"), [pytest.param(*n[1:], id=n[0]) for n in _neighbours()]
+)
+def test_neighbouring_places_are_independent(noise: Noise, position: int, stream: Stream, round_id: int) -> None:
     """Correlation (also of shifted and of squared values) and a 16 x 16 contingency table.
 
     Under independence sqrt(n) * correlation is standard normal; seven correlations and one table at 1e-6 each make
@@ -142,7 +150,7 @@ def test_neighbouring_places_are_independent(noise: Noise, position: int, stream
     """
     n = 100_000
     here = uniforms(Noise(7).words(3, Stream.TARGET, n))
-    there = uniforms(noise.words(position, stream, n))
+    there = uniforms(noise.words(position, stream, n, round_id))
     bound = stats.norm.isf(FALSE_ALARM / 2) / np.sqrt(n)
     for lag in (-8, -4, -1, 0, 1, 8):
         assert abs(np.corrcoef(here, np.roll(there, lag))[0, 1]) < bound
