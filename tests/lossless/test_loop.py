@@ -52,7 +52,6 @@ FAST = (
     ("ngram:k=2+recycling:k=4@priced", "rejection", "penalties"),
     ("recycling:k=4", "coupled", "top_p"),
     ("draft:k=2,model=DRAFT", "rejection", "top_k"),
-    ("draft:model=DRAFT@auto", "rejection", "plain"),
 )
 SLOW = [case for case in itertools.product(SPECS, ("coupled", "rejection"), OPTIONS) if case not in FAST]
 
