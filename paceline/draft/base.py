@@ -65,8 +65,10 @@ class Drafter(Protocol):
     cost_per_token: bool
     """Whether drafting takes forwards of its own (a draft model), so that its length must be planned."""
 
-    blocks: BlockManager | None
-    """Its own KV cache, if it has one."""
+    @property
+    def blocks(self) -> BlockManager | None:
+        """Who accounts for its own KV cache, if it has one."""
+        ...
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """One proposal per context; `NOTHING` where it has no guess."""

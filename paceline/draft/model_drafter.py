@@ -90,8 +90,7 @@ class ModelDrafter:
         max_tokens: int = 512,
     ) -> None:
         self._runner = runner
-        self.blocks: BlockManager | None = blocks
-        self._blocks = blocks
+        self.blocks = blocks
         self._vocab_size = vocab_size
         self._coupled = coupled
         self._stop_ids = tuple(stop_ids)
@@ -121,7 +120,7 @@ class ModelDrafter:
         """Release the request's draft blocks."""
         sequence = self._sequences.pop(request, None)
         if sequence is not None:
-            self._blocks.release(sequence.table)
+            self.blocks.release(sequence.table)
 
     def _start(self, context: DraftContext) -> _Draft | None:
         request = context.request
@@ -129,8 +128,8 @@ class ModelDrafter:
             return None
         sequence = self._sequences.setdefault(request, _Sequence())
         sequence.follow(request.token_ids)
-        self._blocks.shrink(sequence.table, len(sequence.tokens))
-        if not self._blocks.grow(sequence.table, len(request.token_ids) + context.budget):
+        self.blocks.shrink(sequence.table, len(sequence.tokens))
+        if not self.blocks.grow(sequence.table, len(request.token_ids) + context.budget):
             self.forget(request)
             return None
         return _Draft(context, sequence)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
@@ -63,7 +62,7 @@ class NgramDrafter:
     name = "ngram"
     taps: frozenset[Tap] = frozenset()
     cost_per_token = False
-    blocks: BlockManager | None = None
+    blocks = None
 
     def __init__(self, *, lookup_max: int = 4, lookup_min: int = 2) -> None:
         if not 1 <= lookup_min <= lookup_max <= 32:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.draft.ngram import MAX_KEY, NgramIndex, continuation
 from paceline.engine.request import Request
@@ -47,7 +46,7 @@ class PredictionDrafter:
     name = "prediction"
     taps: frozenset[Tap] = frozenset()
     cost_per_token = False
-    blocks: BlockManager | None = None
+    blocks = None
 
     def __init__(self) -> None:
         self._states: dict[Request, _State] = {}

@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.arrays import IntArray
-from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
@@ -88,7 +87,7 @@ class RecyclingDrafter:
     name = "recycling"
     taps = frozenset({Tap.TOP_IDS})
     cost_per_token = False
-    blocks: BlockManager | None = None
+    blocks = None
 
     def __init__(self, *, vocab_size: int, chain: bool = False) -> None:
         self._vocab_size = vocab_size
