@@ -6,6 +6,7 @@ Command-line defaults come from these classes; nothing is changed after construc
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,83 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestSpeculation:
+    """What one request allows of the engine's speculation; the text does not depend on it.
+
+    Raises:
+        SamplingParamsError: a value is out of range.
+    """
+
+    off: bool = False
+    """Verify no draft token for this request."""
+    cap: int | None = None
+    """Most draft tokens a step may verify for it."""
+    drafters: tuple[str, ...] | None = None
+    """Use only these of the engine's drafters."""
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.off, bool), SamplingParamsError, "speculation.off", "must be true or false.")
+        ok = self.cap is None or (isinstance(self.cap, int) and not isinstance(self.cap, bool) and self.cap >= 0)
+        _require(ok, SamplingParamsError, "speculation.cap", "must be a whole number of at least 0.")
+        if self.drafters is not None:
+            object.__setattr__(self, "drafters", _as_tuple(self.drafters, str, "speculation.drafters"))
+
+
+STRUCTURED_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tag")
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the generated text must look like; exactly one field is set.
+
+    Raises:
+        SamplingParamsError: none or several are set, or a value has the wrong type.
+    """
+
+    json_object: bool = False
+    """Any JSON object."""
+    json_schema: str | None = None
+    """A JSON schema as JSON text (or a mapping, which is turned into text)."""
+    regex: str | None = None
+    """A regular expression that the whole text matches."""
+    choice: tuple[str, ...] = ()
+    """One of these texts."""
+    grammar: str | None = None
+    """A grammar in GBNF-like EBNF whose start rule is `root`."""
+    structural_tag: str | None = None
+    """xgrammar's structural tag as JSON text (or a mapping): free text with constrained parts."""
+
+    def __post_init__(self) -> None:
+        for name in ("json_schema", "structural_tag"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping | bool):
+                object.__setattr__(self, name, json.dumps(value))
+        object.__setattr__(self, "choice", _as_tuple(self.choice, str, "structured_outputs.choice"))
+        _require(
+            isinstance(self.json_object, bool),
+            SamplingParamsError,
+            "structured_outputs.json_object",
+            "must be true or false.",
+        )
+        for name in ("json_schema", "regex", "grammar", "structural_tag"):
+            value = getattr(self, name)
+            field_name = f"structured_outputs.{name}"
+            _require(value is None or isinstance(value, str), SamplingParamsError, field_name, "must be text.")
+        given = [kind for kind in STRUCTURED_KINDS if getattr(self, kind) not in (False, None, ())]
+        _require(
+            len(given) == 1,
+            SamplingParamsError,
+            "structured_outputs",
+            f"takes exactly one of {', '.join(STRUCTURED_KINDS)}; {len(given)} given.",
+        )
+
+    @property
+    def kind(self) -> str:
+        """Which field is set."""
+        return next(kind for kind in STRUCTURED_KINDS if getattr(self, kind) not in (False, None, ()))
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled and when it stops.
 
@@ -131,11 +209,15 @@ class SamplingParams:
     """The same for the prompt's tokens; such a request takes no prefix-cache hits."""
     prediction: str | None = None
     """Text that the caller expects back: a free draft (as in OpenAI's `prediction`)."""
+    structured: StructuredOutput | None = None
+    """What the text must look like; the grammar masks the target's law. Ends the text even with `ignore_eos`."""
+    speculation: RequestSpeculation | None = None
+    """Limits on speculation for this request alone; None leaves everything to the engine's plan."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
-        object.__setattr__(self, "stop", _as_tuple(self.stop, str))
-        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int))
+        object.__setattr__(self, "stop", _as_tuple(self.stop, str, "stop"))
+        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int, "stop_token_ids"))
         for name, low, high in (
             ("max_tokens", 1, None),
             ("min_tokens", 0, None),
@@ -176,6 +258,9 @@ class SamplingParams:
             "prediction",
             "must be text.",
         )
+        for name, kind in (("structured", StructuredOutput), ("speculation", RequestSpeculation)):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, kind), SamplingParamsError, name, f"must be {kind.__name__}.")
         for token, bias in self.logit_bias.items():
             _require(
                 isinstance(token, int) and token >= 0 and _is_number(bias) and -100.0 <= bias <= 100.0,
@@ -225,13 +310,12 @@ def _check_range(name: str, value: Any, low: float, high: float | None) -> None:
         raise SamplingParamsError(f"is {value!r}; it must be {kind} {bound}.", field=name)
 
 
-def _as_tuple(value: Any, kind: type) -> tuple[Any, ...]:
+def _as_tuple(value: Any, kind: type, name: str) -> tuple[Any, ...]:
     if isinstance(value, kind):
         return (value,)
     if value is None:
         return ()
     items = tuple(value)
     if not all(isinstance(item, kind) and not isinstance(item, bool) for item in items):
-        name = "stop" if kind is str else "stop_token_ids"
         raise SamplingParamsError(f"must hold {kind.__name__} values only.", field=name)
     return items

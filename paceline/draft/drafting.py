@@ -34,6 +34,7 @@ class Drafting:
 
     def __init__(self, drafters: Mapping[str, Drafter], *, merge_trees: bool, vocab_size: int) -> None:
         self.drafters = dict(drafters)
+        self.names = tuple(drafters)
         self._all = tuple(drafters.values())
         self._merge = merge_trees
         self._vocab_size = vocab_size
@@ -48,8 +49,12 @@ class Drafting:
                 proposals[name] = self._ask(self.drafters[name], batch, plan)
                 seconds[name] = time.perf_counter() - started
         trees = tuple(
-            self._tree(
-                [(name, found[i]) for name, found in proposals.items() if found], plan.acceptance[item.request.salt]
+            _cut(
+                self._tree(
+                    [(name, found[i]) for name, found in proposals.items() if found],
+                    plan.acceptance[item.request.salt],
+                ),
+                plan.budgets[i],
             )
             for i, item in enumerate(batch.sampling)
         )
@@ -58,7 +63,7 @@ class Drafting:
     def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
         limit = plan.limits.get(drafter.name)
         contexts = [
-            DraftContext(item.request, budget if limit is None else min(budget, limit))
+            DraftContext(item.request, _budget(item.request, drafter.name, budget, limit))
             for item, budget in zip(batch.sampling, plan.budgets, strict=True)
         ]
         try:
@@ -108,3 +113,18 @@ class Drafting:
         """Drop a finished request's state."""
         for drafter in self._all:
             drafter.forget(request)
+
+
+def _budget(request: Request, name: str, budget: int, limit: int | None) -> int:
+    """Most nodes this drafter may propose for the request, which may name the drafters it wants."""
+    wish = request.params.speculation
+    if wish is not None and wish.drafters is not None and name not in wish.drafters:
+        return 0
+    return budget if limit is None else min(budget, limit)
+
+
+def _cut(tree: DraftTree, budget: int) -> DraftTree:
+    """The best `budget` nodes of what several drafters proposed together; a sampled chain is within it already."""
+    if tree.sampled or len(tree) <= budget:
+        return tree
+    return tree.keep(np.sort(np.argsort(-tree.survival, kind="stable")[:budget]))

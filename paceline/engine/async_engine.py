@@ -24,6 +24,7 @@ _IDLE_SECONDS = 0.05
 
 News = RequestOutput | PacelineError
 Deliver = Callable[[News], None]
+OnNews = Callable[[Request, RequestOutput], None]
 
 
 class AsyncEngine:
@@ -31,12 +32,14 @@ class AsyncEngine:
 
     Args:
         engine: not to be used by anyone else from now on.
+        on_news: called in the engine thread with every news of a request (for metrics); must be quick.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_news: OnNews = lambda *_: None) -> None:
         self.engine = engine
+        self._on_news = on_news
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._deliver: dict[str, Deliver] = {}
+        self._open: dict[str, tuple[Request, Deliver]] = {}
         self._stopping = threading.Event()
         self._dead: Exception | None = None
         self._closed = False
@@ -51,7 +54,7 @@ class AsyncEngine:
     @property
     def num_open(self) -> int:
         """Requests that have not ended."""
-        return len(self._deliver)
+        return len(self._open)
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """Run one request and yield its news; leaving the iteration early cancels it.
@@ -122,7 +125,7 @@ class AsyncEngine:
             logger.exception("request %s could not be taken in", request.id)
             deliver(RequestError(f"cannot be run: {error}", field="request"))
         else:
-            self._deliver[request.id] = deliver
+            self._open[request.id] = (request, deliver)
 
     def _abort(self, request: Request) -> None:
         """Cancel this very request, and not another of the same id that was taken in before."""
@@ -131,11 +134,19 @@ class AsyncEngine:
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         for item in outputs:
-            deliver = self._deliver.get(item.request_id)
+            found = self._open.get(item.request_id)
             if item.finish_reason is not None:
-                self._deliver.pop(item.request_id, None)
-            if deliver is not None:
+                self._open.pop(item.request_id, None)
+            if found is not None:
+                request, deliver = found
                 deliver(item)
+                self._tell(request, item)
+
+    def _tell(self, request: Request, item: RequestOutput) -> None:
+        try:
+            self._on_news(request, item)
+        except Exception:
+            logger.exception("news of request %s could not be counted", request.id)
 
     def _bury(self) -> None:
         """Tell everyone who still waits, also those whose request has not been taken in."""
@@ -147,9 +158,9 @@ class AsyncEngine:
                 break
             except Exception:
                 logger.exception("a request could not be taken in by a dead engine")
-        for deliver in self._deliver.values():
+        for _, deliver in self._open.values():
             deliver(EngineDeadError("the engine stopped while this request ran.", fix="Restart it and try again."))
-        self._deliver.clear()
+        self._open.clear()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[News], item: News) -> None:

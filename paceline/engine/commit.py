@@ -10,7 +10,7 @@ from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import PagedKV, slots_of
 from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.draft_tree import DraftTree
-from paceline.engine.request import FinishReason, Request
+from paceline.engine.request import FinishReason, Request, RequestStats
 from paceline.engine.sampling import token_logprobs
 from paceline.engine.types import InFlight, RequestOutput, ScheduledRequest, TargetScores, TokenLogprobs, Walk
 
@@ -110,6 +110,7 @@ class Committer:
             token_ids=walk.tokens[:kept],
             pieces=tuple(pieces),
             drafters=tuple(tree.drafter[path[i]] if i < len(path) else None for i in range(kept)),
+            num_draft_tokens=len(tree),
             logprobs=self._logprobs(request, walk.tokens[:kept], row, walk.path, scores),
             prompt_logprobs=tuple(self._prompt_logprobs.pop(request, ())),
             finish_reason=finish,
@@ -160,11 +161,8 @@ class Committer:
     def _count(self, request: Request, tree: DraftTree, path: Sequence[int], kept: int, now: float) -> None:
         stats = request.stats
         stats.target_forwards += 1
-        stats.draft_tokens += len(tree)
-        stats.accepted_tokens += len(path)
-        for node in path:
-            name = tree.drafter[node]
-            stats.accepted_by[name] = stats.accepted_by.get(name, 0) + 1
+        if len(tree):
+            _count_draft(stats, tree, path)
         if stats.first_token is None:
             stats.first_token, stats.first_count = now, kept
         stats.last_token = now
@@ -190,6 +188,19 @@ class Committer:
             if place < request.prompt_len and place == len(found):
                 top = request.params.prompt_logprobs or 0
                 found.append(_logprob(scores, start + i, request.token_ids[place], top))
+
+
+def _count_draft(stats: RequestStats, tree: DraftTree, path: Sequence[int]) -> None:
+    stats.draft_tokens += len(tree)
+    stats.longest_draft = max(stats.longest_draft, len(tree))
+    stats.accepted_tokens += len(path)
+    for name in tree.drafter:
+        stats.drafted_by[name] = stats.drafted_by.get(name, 0) + 1
+    for node in path:
+        name = tree.drafter[node]
+        stats.accepted_by[name] = stats.accepted_by.get(name, 0) + 1
+    stats.accepted_counts.extend([0] * (len(path) + 1 - len(stats.accepted_counts)))
+    stats.accepted_counts[len(path)] += 1
 
 
 def _logprob(scores: TargetScores, row: int, token: int, top: int) -> TokenLogprobs:

@@ -67,6 +67,11 @@ class Engine:
         self._news: list[RequestOutput] = []
 
     @property
+    def drafter_names(self) -> tuple[str, ...]:
+        """The drafters that `speculation.drafters` of a request may name."""
+        return self.stages.drafting.names
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self.stages.scheduler.has_work or bool(self._news)
@@ -109,6 +114,14 @@ class Engine:
         for field, tokens in mentioned.items():
             if any(not 0 <= t < self.vocab_size for t in tokens):
                 raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
+        wish = request.params.speculation
+        unknown = set(wish.drafters or ()) - set(self.drafter_names) if wish else set()
+        if unknown:
+            raise RequestError(
+                f"this engine has no drafter {min(unknown)!r}.",
+                field="speculation.drafters",
+                fix=f"It has: {', '.join(self.drafter_names) or 'none'}.",
+            )
 
     def is_running(self, request: Request) -> bool:
         """Whether this very request was taken in and has not ended."""

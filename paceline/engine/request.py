@@ -27,6 +27,8 @@ class RequestStats:
     """Counters of one request. Times are seconds on the monotonic clock."""
 
     arrival: float = field(default_factory=time.perf_counter)
+    scheduled: float | None = None
+    """When it first left the queue."""
     first_token: float | None = None
     last_token: float | None = None
     first_count: int = 0
@@ -38,6 +40,12 @@ class RequestStats:
     accepted_tokens: int = 0
     accepted_by: dict[str, int] = field(default_factory=dict)
     """Accepted tokens by the drafter that guessed them."""
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    """Verified draft nodes by the drafter that guessed them."""
+    accepted_counts: list[int] = field(default_factory=list)
+    """`accepted_counts[j]`: forwards with draft nodes of which j were accepted."""
+    longest_draft: int = 0
+    """Most draft nodes verified in one forward."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     preemptions: int = 0

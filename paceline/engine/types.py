@@ -222,6 +222,8 @@ class RequestOutput:
     token_ids: tuple[int, ...] = ()
     pieces: tuple[str, ...] = ()
     drafters: tuple[str | None, ...] = ()
+    num_draft_tokens: int = 0
+    """Draft nodes verified for this request in the step."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     finish_reason: FinishReason | None = None

@@ -8,6 +8,7 @@ later (often from the prefix cache). Draft nodes are no part of this: they take 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 
@@ -87,6 +88,8 @@ class Scheduler:
             request.stats.cached_tokens = max(request.stats.cached_tokens, request.num_computed)
             self.waiting.remove(request)
             self.running.append(request)
+            if request.stats.scheduled is None:
+                request.stats.scheduled = time.perf_counter()
             budget -= chunk
             yield _share(request, chunk)
 
