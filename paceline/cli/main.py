@@ -19,7 +19,7 @@ from typing import NoReturn
 from paceline.cli.options import package_version
 from paceline.errors import InputError, PacelineError
 
-COMMANDS = ("demo", "generate", "chat", "pull", "bench")
+COMMANDS = ("demo", "generate", "chat", "serve", "pull", "bench")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -30,6 +30,7 @@ examples:
   paceline demo
   paceline generate smollm2-135m --chat --prompt "Name three rivers." --temperature 0
   paceline chat smollm2-135m
+  paceline serve smollm2-135m --port 8000
   paceline bench spec smollm2-135m --speculation auto ngram:k=4
 
 `paceline COMMAND --help` shows the options and examples of a command.

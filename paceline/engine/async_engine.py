@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from enum import Enum
 
 from paceline.engine.engine import Engine
 from paceline.engine.request import Request
@@ -21,6 +22,15 @@ from paceline.errors import EngineDeadError, PacelineError, RequestError
 
 logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.05
+
+
+class _Accepted(Enum):
+    """What a stream hears first when its requests were taken in."""
+
+    YES = True
+
+
+_ACCEPTED = _Accepted.YES
 
 News = RequestOutput | PacelineError
 Deliver = Callable[[News], None]
@@ -56,6 +66,20 @@ class AsyncEngine:
         """Requests that have not ended."""
         return len(self._open)
 
+    def open(self, requests: Sequence[Request]) -> RequestStream:
+        """Hand requests in, all of them or none; must be called in a running event loop.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+        if not self.is_alive:
+            raise _dead_error()
+        stream = RequestStream(self, requests)
+        self._inbox.put(lambda: self._add(stream))
+        if self._closed:  # the thread ended meanwhile, and nobody may read the inbox any more
+            raise _dead_error()
+        return stream
+
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """Run one request and yield its news; leaving the iteration early cancels it.
 
@@ -63,25 +87,12 @@ class AsyncEngine:
             RequestError: the engine refuses the request.
             EngineDeadError: the engine has stopped.
         """
-        if not self.is_alive:
-            raise EngineDeadError("the engine has stopped.", fix="Restart it; its log says why.")
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[News] = asyncio.Queue()
-        self._inbox.put(lambda: self._add(request, lambda item: _hand_over(loop, news, item)))
-        if self._closed:  # the thread ended meanwhile, and nobody may read the inbox any more
-            raise EngineDeadError("the engine has stopped.", fix="Restart it; its log says why.")
-        finished = False
+        stream = self.open([request])
         try:
-            while not finished:
-                item = await news.get()
-                if isinstance(item, PacelineError):
-                    finished = True
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
+            async for _, news in stream:
+                yield news
         finally:
-            if not finished:
-                self._inbox.put(lambda: self._abort(request))
+            stream.close()
 
     def abort(self, request_id: str) -> None:
         """Cancel a request from any thread; unknown ids are ignored."""
@@ -116,21 +127,32 @@ class AsyncEngine:
         except queue.Empty:
             return
 
-    def _add(self, request: Request, deliver: Deliver) -> None:
+    def _add(self, stream: RequestStream) -> None:
+        added: list[Request] = []
         try:
-            self.engine.add(request)
-        except PacelineError as error:
-            deliver(error)
+            for request in stream.requests:
+                self.engine.add(request)
+                added.append(request)
+                self._open[request.id] = (request, stream.deliver)
         except Exception as error:
-            logger.exception("request %s could not be taken in", request.id)
-            deliver(RequestError(f"cannot be run: {error}", field="request"))
+            for request in added:
+                del self._open[request.id]
+                self.engine.abort(request.id)
+            if not isinstance(error, PacelineError):
+                logger.exception("request %s could not be taken in", stream.requests[len(added)].id)
+                error = RequestError(f"cannot be run: {error}", field="request")
+            stream.deliver(error)
         else:
-            self._open[request.id] = (request, deliver)
+            stream.deliver(_ACCEPTED)
 
-    def _abort(self, request: Request) -> None:
-        """Cancel this very request, and not another of the same id that was taken in before."""
-        if self.engine.is_running(request):
-            self.engine.abort(request.id)
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Cancel these very requests from any thread, and not others of the same ids; ended ones are ignored."""
+        self._inbox.put(lambda: self._abort(requests))
+
+    def _abort(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if self.engine.is_running(request):
+                self.engine.abort(request.id)
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         for item in outputs:
@@ -163,6 +185,70 @@ class AsyncEngine:
         self._open.clear()
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, news: asyncio.Queue[News], item: News) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed, and its consumer gone with it
-        loop.call_soon_threadsafe(news.put_nowait, item)
+class RequestStream:
+    """News of requests that were taken in together: an asynchronous iterator of (request, news) until all have ended.
+
+    Args:
+        engine: who runs them.
+        requests: at least one.
+    """
+
+    def __init__(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
+        self.requests = tuple(requests)
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[News | _Accepted] = asyncio.Queue()
+        self._by_id = {request.id: request for request in requests}
+        self._accepted = False
+
+    def deliver(self, item: News | _Accepted) -> None:
+        """Hand news over from the engine thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its consumer gone with it
+            self._loop.call_soon_threadsafe(self._news.put_nowait, item)
+
+    async def accepted(self) -> None:
+        """Wait until the engine has taken the requests in.
+
+        Raises:
+            RequestError: it refuses one, and runs none.
+            EngineDeadError: the engine has stopped.
+        """
+        if not self._accepted:
+            item = await self._news.get()
+            if isinstance(item, PacelineError):
+                self._by_id.clear()
+                raise item
+            self._accepted = True
+
+    def __aiter__(self) -> RequestStream:
+        """Itself."""
+        return self
+
+    async def __anext__(self) -> tuple[Request, RequestOutput]:
+        """The next news.
+
+        Raises:
+            RequestError, EngineDeadError: see `accepted`.
+        """
+        await self.accepted()
+        if not self._by_id:
+            raise StopAsyncIteration
+        item = await self._news.get()
+        if isinstance(item, PacelineError):
+            self._by_id.clear()
+            raise item
+        assert isinstance(item, RequestOutput)
+        request = self._by_id[item.request_id]
+        if item.finish_reason is not None:
+            del self._by_id[item.request_id]
+        return request, item
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        if self._by_id:
+            self._engine.cancel(tuple(self._by_id.values()))
+            self._by_id.clear()
+
+
+def _dead_error() -> EngineDeadError:
+    return EngineDeadError("the engine has stopped.", fix="Restart it; its log says why.")

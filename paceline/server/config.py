@@ -46,7 +46,7 @@ class ServerConfig:
     """Seconds a client may take to send its body."""
     write_timeout: float = 120.0
     """Seconds a client may leave a piece of its answer unread before its request is cancelled."""
-    grammar_timeout: float = 10.0
+    grammar_timeout: float = 5.0
     """Seconds that compiling a schema, regex or grammar may take."""
     max_grammar_bytes: int = 64 << 10
     """Longest schema, regex or grammar."""

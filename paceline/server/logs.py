@@ -61,9 +61,8 @@ def setup_logging(level: str, fmt: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-        logger.setLevel(number)
-    # Our own line per request says more, and uvicorn's holds the query string.
-    logging.getLogger("uvicorn.access").setLevel(max(number, logging.WARNING))
+        # Our own lines say more of starting, stopping and each request; uvicorn's would hold query strings.
+        logger.setLevel(max(number, logging.WARNING))
     logging.captureWarnings(True)
 
 
@@ -73,13 +72,13 @@ def log_request(
     request_id: str,
     route: str,
     status: int,
-    prompt_tokens: int,
-    output_tokens: int,
+    prompt_tokens: int | None,
+    output_tokens: int | None,
     seconds: float,
     finish_reason: str | None,
     **more: str | int | float | bool | None,
 ) -> None:
-    """Log the end of one request: `info`, or `error` for a fault of the server (status 500 and above).
+    """Log the end of one request: `info`, or `error` for a fault of the server (status 500).
 
     Args:
         logger: where to.
@@ -103,7 +102,7 @@ def log_request(
         **more,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    logger.log(logging.ERROR if status >= 500 else logging.INFO, "request", extra=given)
+    logger.log(logging.ERROR if status == 500 else logging.INFO, "request", extra=given)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,0 +1,289 @@
+"""Chat completions: a conversation in, a message or tool calls out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+
+from paceline.config import SamplingParams, StructuredOutput
+from paceline.engine.request import FinishReason, Request
+from paceline.engine.rng import fresh_seed
+from paceline.engine.types import RequestOutput, TokenLogprobs
+from paceline.errors import RequestError
+from paceline.server.answering import FINGERPRINT, Answering, EventStream
+from paceline.server.params import sampling_params, structured_output
+from paceline.server.parsers import registry
+from paceline.server.parsers.base import (
+    ContentDelta,
+    Event,
+    OutputParser,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallStart,
+    new_call_id,
+)
+from paceline.server.parsers.constraint import tool_grammar
+from paceline.server.protocol.chat import (
+    AnsweredToolCall,
+    AnswerMessage,
+    CalledFunction,
+    ChatChoice,
+    ChatRequest,
+    ChatResponse,
+    ChoiceLogprobs,
+    NamedToolChoice,
+    Tool,
+)
+from paceline.server.service import Service
+from paceline.server.tokens import TokenTexts
+
+
+async def chat(service: Service, http: HTTPRequest, body: ChatRequest) -> Response:
+    """Answer `POST /v1/chat/completions`.
+
+    Raises:
+        RequestError, HTTPError, EngineDeadError: nothing has been sent yet.
+    """
+    answering = await _start(service, http, body)
+    http.state.report = answering.report
+    if body.stream:
+        return EventStream(answering.events("chat.completion.chunk"))
+    await answering.collect()
+    return Response(_whole(answering).model_dump_json(), media_type="application/json")
+
+
+async def _start(service: Service, http: HTTPRequest, body: ChatRequest) -> Answering:
+    """Everything before the first token."""
+    model = service.check_model(body.model)
+    salt = service.salt(http, body.cache_salt)
+    tools = _tools(body)
+    params, field = chat_params(body, tools, service)
+    http.state.ticket.extend(params.n)
+    prompt, opens_reasoning = await service.off_loop(_prompt, service, body, tools)
+    constraint = await service.constraint(params, field)
+    if params.logprobs is not None:
+        await service.off_loop(service.tokens.load)
+    requests = await service.off_loop(service.requests, prompt, params, salt, constraint)
+    choices = {
+        request.id: ChatChoiceState(
+            request, _parser(service, tools, params, opens_reasoning), service.tokens, body.return_token_ids
+        )
+        for request in requests
+    }
+    stream = await service.start(requests)
+    assert params.seed is not None
+    return Answering(
+        kind="chatcmpl",
+        model=model,
+        body=body,
+        stream=stream,
+        choices=choices,
+        seed=params.seed,
+        report_metrics=service.reports_metrics(body),
+        extra={"prompt_token_ids": prompt} if body.return_token_ids else {},
+    )
+
+
+def chat_params(body: ChatRequest, tools: list[Tool], service: Service) -> tuple[SamplingParams, str | None]:
+    """Sampling parameters, and the field that a grammar comes from.
+
+    Raises:
+        RequestError: options that are out of range or contradict each other.
+    """
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise RequestError("contradicts max_completion_tokens.", field="max_tokens", fix="Give one of them.")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("needs logprobs to be true.", field="top_logprobs")
+    structured, field = structured_output(body)
+    demanded = _demanded_call(body, tools, service.tool_format)
+    if demanded is not None:
+        if structured is not None:
+            raise RequestError("cannot be combined with structured output.", field="tool_choice")
+        structured, field = demanded, "tool_choice"
+    params = sampling_params(
+        body,
+        max_n=service.config.max_n,
+        structured=structured,
+        max_tokens=body.max_completion_tokens or body.max_tokens or service.max_model_len,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prediction=body.prediction.text() or None if body.prediction else None,
+    )
+    return (params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())), field
+
+
+def _tools(body: ChatRequest) -> list[Tool]:
+    """The tools that the model may call."""
+    tools = body.tools or []
+    if not tools and body.tool_choice not in (None, "none", "auto"):
+        raise RequestError("needs tools.", field="tool_choice")
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) != len(names):
+        raise RequestError("holds two functions of the same name.", field="tools")
+    if isinstance(body.tool_choice, NamedToolChoice) and body.tool_choice.function.name not in names:
+        raise RequestError("names a function that is not among the tools.", field="tool_choice")
+    return [] if body.tool_choice == "none" else tools
+
+
+def _demanded_call(body: ChatRequest, tools: list[Tool], tool_format: str | None) -> StructuredOutput | None:
+    """The grammar of `tool_choice` where it demands a call."""
+    choice = body.tool_choice
+    if choice in (None, "none", "auto"):
+        return None
+    if tool_format is None:
+        raise RequestError("cannot be enforced: this server parses no tool calls.", field="tool_choice")
+    names = [choice.function.name] if isinstance(choice, NamedToolChoice) else None
+    plain = [tool.model_dump(exclude_none=True) for tool in tools]
+    demand = tool_grammar(tool_format, plain, names, body.parallel_tool_calls is not False)
+    kind, value = next(iter(demand.items()))
+    return StructuredOutput(**{"grammar" if kind == "ebnf" else kind: value})
+
+
+def _prompt(service: Service, body: ChatRequest, tools: list[Tool]) -> tuple[list[int], bool]:
+    """Token ids of the conversation, and whether the template has begun the model's reasoning."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise RequestError("contradicts add_generation_prompt.", field="continue_final_message")
+    variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    text = service.template.render(
+        body.messages,
+        tools,
+        variables=variables,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+    )
+    ids = service.encode(text, add_special_tokens=False, field="messages")
+    return ids, registry.opens_reasoning(text, service.reasoning_format)
+
+
+def _parser(service: Service, tools: list[Tool], params: SamplingParams, opens_reasoning: bool) -> OutputParser:
+    """How the text is read. A grammar describes the text from its very beginning, so it leaves no reasoning."""
+    reasoning = None if params.structured is not None else service.reasoning_format
+    return registry.create(
+        service.tool_format if tools else None,
+        reasoning,
+        tools=[tool.model_dump(exclude_none=True) for tool in tools],
+        new_id=new_call_id,
+        starts_open=opens_reasoning,
+    )
+
+
+class ChatChoiceState:
+    """One sample: its parser, and everything said so far.
+
+    Args:
+        request: the engine's.
+        parser: turns text into content, reasoning and tool calls.
+        tokens: token texts, for log-probabilities.
+        with_ids: whether token ids are reported.
+    """
+
+    def __init__(self, request: Request, parser: OutputParser, tokens: TokenTexts, with_ids: bool | None) -> None:
+        self.request = request
+        self.reasoning_tokens = 0
+        self.content: list[str] = []
+        self.reasoning: list[str] = []
+        self.calls: dict[int, dict[str, Any]] = {}
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self._parser = parser
+        self._tokens = tokens
+        self._with_ids = bool(with_ids)
+        self._begun = False
+
+    def add(self, news: RequestOutput) -> dict[str, Any] | None:
+        """Take news in; the choice of a chunk."""
+        events = self._parse(news)
+        delta = self._delta(events)
+        self.logprobs.extend(news.logprobs)
+        if news.finish_reason is not None:
+            stopped = news.finish_reason is FinishReason.STOP
+            self.finish_reason = "tool_calls" if stopped and self.calls else news.finish_reason.value
+        if not (delta or news.logprobs or self.finish_reason or (self._with_ids and news.token_ids)):
+            return None
+        if not self._begun:
+            self._begun = True
+            delta = {"role": "assistant", "content": "", **delta}
+        logprobs = {"content": [c.model_dump() for c in self._tokens.content(news.logprobs)], "refusal": None}
+        choice = {
+            "index": self.request.sample_index,
+            "delta": delta,
+            "logprobs": logprobs if self.request.params.logprobs is not None else None,
+            "finish_reason": self.finish_reason,
+        }
+        return {**choice, "token_ids": list(news.token_ids)} if self._with_ids else choice
+
+    def _parse(self, news: RequestOutput) -> list[Event]:
+        events: list[Event] = []
+        for piece in news.pieces:
+            found = self._parser.push(piece) if piece else []
+            if found and all(isinstance(event, ReasoningDelta) for event in found):
+                self.reasoning_tokens += 1
+            events += found
+        if news.finish_reason is not None:
+            events += self._parser.finish()
+        return events
+
+    def _delta(self, events: list[Event]) -> dict[str, Any]:
+        """What the events add, remembered and in a chunk's form."""
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        for event in events:
+            if isinstance(event, ContentDelta):
+                self.content.append(event.text)
+                delta["content"] = delta.get("content", "") + event.text
+            elif isinstance(event, ReasoningDelta):
+                self.reasoning.append(event.text)
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
+            elif isinstance(event, ToolCallStart):
+                self.calls[event.index] = {"id": event.id, "name": event.name, "arguments": []}
+                function = {"name": event.name, "arguments": ""}
+                calls[event.index] = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            elif isinstance(event, ToolCallArguments):
+                self.calls[event.index]["arguments"].append(event.text)
+                call = calls.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += event.text
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return delta
+
+    def choice(self) -> ChatChoice:
+        """The finished choice."""
+        content = "".join(self.content)
+        calls = [
+            AnsweredToolCall(
+                id=call["id"], function=CalledFunction(name=call["name"], arguments="".join(call["arguments"]))
+            )
+            for _, call in sorted(self.calls.items())
+        ]
+        wanted = self.request.params.logprobs is not None
+        return ChatChoice(
+            index=self.request.sample_index,
+            message=AnswerMessage(
+                content=None if calls and not content else content,
+                reasoning_content="".join(self.reasoning) or None,
+                tool_calls=calls or None,
+            ),
+            logprobs=ChoiceLogprobs(content=self._tokens.content(self.logprobs)) if wanted else None,
+            finish_reason=self.finish_reason,  # type: ignore[arg-type]
+            token_ids=self.request.output_ids if self._with_ids else None,
+        )
+
+
+def _whole(answering: Answering) -> ChatResponse:
+    states: Mapping[str, Any] = answering.choices
+    return ChatResponse(
+        id=answering.id,
+        created=answering.created,
+        model=answering.model,
+        system_fingerprint=FINGERPRINT,
+        choices=[states[request.id].choice() for request in answering.requests],
+        usage=answering.usage(),
+        seed=answering.seed,
+        prompt_token_ids=answering.extra.get("prompt_token_ids"),
+        metrics=answering.metrics(),
+    )

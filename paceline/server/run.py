@@ -1,0 +1,118 @@
+"""Running the application under uvicorn: loading, signals, draining.
+
+The first SIGTERM or SIGINT makes the server refuse new requests and wait for the running ones; a second one stops at
+once. The listening socket stays open while draining, so that load balancers see 503 on /ready rather than nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import uvicorn
+
+from paceline.server.app import create_app
+from paceline.server.config import ServerConfig
+from paceline.server.connection import Connection
+from paceline.server.service import Service
+
+logger = logging.getLogger(__name__)
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than the 60 s of common proxies, so that they close idle connections and not we."""
+_POLL_SECONDS = 0.05
+_LAST_SECONDS = 5
+"""After draining: how long clients have to take the last bytes of their answers."""
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn with Paceline's way of stopping.
+
+    Args:
+        config: uvicorn's.
+        service: the served model.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain: asyncio.Task[None] | None = None
+        self.stopped_at_once = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals in the loop; do not raise them again at the end, since a drained server exits with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        original = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in original.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """First signal: drain. Second: stop now."""
+        if self._service.admission.draining:
+            self.stop_now()
+        else:
+            self._service.admission.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn's main loop asks ten times a second whether to exit: when draining is over."""
+        if self._service.admission.draining and self._drain is None:
+            logger.info("draining: %d request(s) still run; a second signal stops at once", self._open())
+            self._drain = asyncio.create_task(self._wait_until_empty())
+        return await super().on_tick(counter)
+
+    def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
+        host, port = listeners[0].getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        logger.info("serving %s at http://%s/v1 (API document: /docs)", ", ".join(self._service.names), address)
+
+    def stop_now(self) -> None:
+        """Cancel everything."""
+        self.stopped_at_once = True
+        self.should_exit = self.force_exit = True
+
+    def _open(self) -> int:
+        return self._service.admission.open
+
+    async def _wait_until_empty(self) -> None:
+        while self._open() and not self.should_exit:
+            await asyncio.sleep(_POLL_SECONDS)
+        self.should_exit = True
+
+
+def settings_of(service: Service, config: ServerConfig) -> uvicorn.Config:
+    """uvicorn's settings."""
+    timeouts = {"read_timeout": config.read_timeout, "write_timeout": config.write_timeout}
+    return uvicorn.Config(
+        create_app(service),
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        proxy_headers=False,
+    )
+    service.warm_up()
+    server = DrainingServer(settings, service)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's way of saying that the port is taken; its log names it
+        return 1
+    finally:
+        service.close()
+    logger.info("stopped")
+    return 1 if server.stopped_at_once else 0
