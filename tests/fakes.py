@@ -28,12 +28,57 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 24},
     "gemma2": {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+        },
+        "initializer_range": 0.3,
+        "tie_word_embeddings": False,
+    },
+    "phi3": {
+        "sliding_window": 24,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [4.0, 8.0],
+            "factor": 4.0,
+        },
+        "original_max_position_embeddings": 512,
+        "initializer_range": 0.5,
+    },
+    "gpt2": {"n_inner": 48, "num_key_value_heads": None, "tie_word_embeddings": False},
+    "opt": {
+        "ffn_dim": 48,
+        "num_key_value_heads": None,
+        "initializer_range": 0.9,
+        "tie_word_embeddings": False,
+    },
+    "olmo2": {
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0},
+        "initializer_range": 0.9,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+    },
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 16, "norm_topk_prob": True},
 }
 
 

@@ -104,6 +104,8 @@ def paged_attention(
     """The attention function of `transformers`' interface.  Returns [1, num_tokens, heads, head_dim]."""
     assert paged is not None, "the model was called outside Paceline's runner"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if sliding_window is None:  # Qwen2-MoE leaves it to the mask, and sets it on its sliding layers only
+        sliding_window = getattr(module, "sliding_window", None)
     paged.kv.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     outputs = []
     for sequence in paged.sequences:

@@ -9,9 +9,25 @@ from typing import Any
 from paceline.errors import CorruptFileError, ModelNotFoundError, UnsupportedModelError
 from paceline.model.store import check_safetensors
 
-PROVED = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
+PROVED = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "opt",
+    "olmo2",
+    "granite",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 """Architectures whose output is tested to equal `transformers`' own, token for token."""
 
+_TAKEN_OVER = {"phi3": {"configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM", "Xenova/gpt-4o"}}
+"""Code named by published checkpoints that `transformers` has taken over: its own is used, theirs is never run."""
 _MULTIMODAL = ("vision_config", "audio_config", "image_token_id", "image_token_index", "audio_token_id")
 
 
@@ -33,15 +49,33 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> None:
         )
     if not (path / "config.json").is_file():
         raise ModelNotFoundError("has no config.json.", field=str(path))
-    for name in ("config.json", "tokenizer_config.json"):
-        file = path / name
-        if file.is_file() and read_json(file).get("auto_map") and not trust_remote_code:
-            raise UnsupportedModelError(
-                "asks to run Python code that ships with the checkpoint.",
-                field=str(file),
-                fix="Read that code, then pass trust_remote_code if you trust it.",
-            )
+    file = file_with_code(path)
+    if file is not None and not trust_remote_code:
+        raise UnsupportedModelError(
+            "asks to run Python code that ships with the checkpoint.",
+            field=str(file),
+            fix="Read that code, then pass trust_remote_code if you trust it.",
+        )
     _check_weights(path)
+
+
+def file_with_code(path: Path) -> Path | None:
+    """The file of a checkpoint folder that asks to run Python code of its own, if there is one.
+
+    Raises:
+        CorruptFileError: the file is not readable JSON.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        content = read_json(path / name) if (path / name).is_file() else {}
+        code = content.get("auto_map")
+        if not code:
+            continue
+        names = set(code.values()) if isinstance(code, dict) else {code}
+        # A fine-tuned copy names the repository, too: "owner/name--modeling_phi3.Phi3ForCausalLM".
+        taken_over = _TAKEN_OVER.get(str(content.get("model_type")), set())
+        if not all(isinstance(name, str) and name.rpartition("--")[2] in taken_over for name in names):
+            return path / name
+    return None
 
 
 def check_architecture(config: Any) -> None:
@@ -58,10 +92,14 @@ def check_architecture(config: Any) -> None:
         raise _refuse(kind, "is an encoder-decoder model; only decoder-only causal language models can be run.")
     if any(getattr(config, name, None) is not None for name in _MULTIMODAL):
         raise _refuse(kind, "is a multimodal model; only text models can be run.")
+    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
+        raise _refuse(kind, "lets tokens attend to later ones; only causal language models can be run.")
+    if getattr(config, "add_cross_attention", False):
+        raise _refuse(kind, "has cross-attention to another model's output; only models of text alone can be run.")
     if kind not in PROVED:
-        raise _refuse(kind, f"is not among the architectures proved so far ({', '.join(PROVED)}); others come later.")
+        raise _refuse(kind, f"is not among the architectures proved so far: {', '.join(PROVED)}.")
     classes = getattr(config, "architectures", None) or []
-    if classes and not any(str(name).endswith("ForCausalLM") for name in classes):
+    if classes and not any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
         raise _refuse(kind, f"is a {classes[0]}, which is not a causal language model.")
     if "dynamic" in _rope_types(config):
         raise _refuse(kind, "uses dynamic RoPE scaling, whose results depend on the longest sequence in the batch.")

@@ -17,6 +17,9 @@ import numpy.typing as npt
 from paceline.errors import CorruptFileError, UnsupportedModelError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_AS_SAFETENSORS = ("gemma2", "gemma3", "gpt2", "granite", "olmo2", "phi3", "qwen2moe", "qwen3moe")
+"""What GGUF calls the architectures that run from a safetensors checkpoint; it has none for OPT."""
+_FIX = "Text models of this family run from their safetensors checkpoints."
 _MAX_INT = 1 << 31
 
 
@@ -82,7 +85,8 @@ class _Metadata:
         if not isinstance(arch, str):
             self.check(False, "general.architecture is missing")
         if arch not in ARCHITECTURES:
-            raise self.unsupported(f"architecture {arch!r}; supported as GGUF are {', '.join(ARCHITECTURES)}")
+            why = f"its architecture is {arch!r}, and GGUF files are read for {', '.join(ARCHITECTURES)} only"
+            raise self.unsupported(why, fix=_FIX if arch in _AS_SAFETENSORS else None)
         self.arch: str = arch
         if metadata.get("split.count", 1) not in (0, 1):
             raise self.unsupported("it is one part of a split file; merge the parts first")
@@ -114,8 +118,8 @@ class _Metadata:
         if not good:
             raise CorruptFileError(f"is not a valid GGUF model: {what}.", field=str(self._file))
 
-    def unsupported(self, what: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"cannot be run: {what}.", field=str(self._file))
+    def unsupported(self, what: str, fix: str | None = None) -> UnsupportedModelError:
+        return UnsupportedModelError(f"cannot be run: {what}.", field=str(self._file), fix=fix)
 
 
 def _rope(read: _Metadata, head_dim: int, context: int, freqs: npt.NDArray[np.float32] | None) -> dict[str, Any]:

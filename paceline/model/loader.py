@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from paceline.errors import ConfigError, CorruptFileError, PacelineError, UnsupportedModelError
-from paceline.model.checks import check_architecture, check_folder, max_positions
+from paceline.model.checks import check_architecture, check_folder, file_with_code, max_positions
 from paceline.model.source import resolve_source
 
 __all__ = ["LoadedModel", "check_architecture", "load_model", "resolve_device", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CONSTANTS = ("inv_freq", ".attn.masked_bias")
+"""Buffers that older `transformers` saved among the weights: RoPE frequencies, what GPT-2 put for masked scores."""
 _BF16_FLAGS = re.compile(r"^flags\s*:.*\b(amx_bf16|avx512_bf16)\b", re.MULTILINE)
 
 
@@ -64,6 +66,7 @@ def load_model(
     torch_dtype = resolve_dtype(dtype, torch_device)
     path = resolve_source(source)
     check_folder(path, trust_remote_code=trust_remote_code)
+    trust_remote_code = trust_remote_code and file_with_code(path) is not None
     with _quiet():
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
@@ -175,15 +178,21 @@ def _check_loading(path: Path, model: Any, info: dict[str, Any]) -> None:
             raise CorruptFileError(f"{what}: {_first(info[key])}.", field=str(path), fix="Fetch the model again.")
     if info.get("error_msgs"):
         raise CorruptFileError(f"weights could not be read: {_first(info['error_msgs'])}.", field=str(path))
-    modules = dict(model.named_modules())
-    # A head of another task is rightly dropped; a stray bias or scale of a layer we run is not.
-    stray = [
-        key
-        for key in info.get("unexpected_keys", ())
-        if modules.get(key.rpartition(".")[0]) is not None and not key.endswith("inv_freq") and "." in key
-    ]
+    modules = {name for name, _ in model.named_modules()}
+    stray = [key for key in info.get("unexpected_keys", ()) if _is_stray(key, modules, model.base_model_prefix)]
     if stray:
         raise UnsupportedModelError(f"has weights that its layers do not use: {_first(stray)}.", field=str(path))
+
+
+def _is_stray(key: str, modules: set[str], prefix: str) -> bool:
+    """A head of another task is rightly dropped; a stray bias or scale of a layer we run is not."""
+    if key.endswith(_CONSTANTS):
+        return False
+    owner = key.rpartition(".")[0]
+    if ".experts." in key:  # all experts of a layer are one module, whatever the checkpoint calls each
+        owner = key.partition(".experts.")[0] + ".experts"
+    # Some checkpoints hold the body alone, without the name that the whole model gives it.
+    return bool(owner) and (owner in modules or f"{prefix}.{owner}" in modules)
 
 
 def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -197,7 +206,8 @@ def _eos_token_ids(model: Any, config: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _unreadable(path: Path, error: Exception) -> CorruptFileError:
     lines = str(error).strip().splitlines()
-    reason = lines[0][:300] if lines else type(error).__name__
+    # The report that some messages point to is not printed here.
+    reason = lines[0].partition(" For details look at")[0][:300] if lines else type(error).__name__
     return CorruptFileError(f"cannot be loaded ({reason}).", field=str(path))
 
 

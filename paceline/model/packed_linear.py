@@ -26,12 +26,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 PACKABLE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on a CPU, its weight held in oneDNN's blocked layout.
+    """`nn.Linear` (or GPT-2's `Conv1D`) for inference on a CPU, its weight held in oneDNN's blocked layout.
 
     The packed weight is not a parameter: it is absent from `state_dict()` and does not follow `.to()`.
 
@@ -39,13 +40,15 @@ class PackedLinear(nn.Module):
         linear: the layer to replace; its weight is read, not kept.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        # A `Conv1D` is a linear layer whose weight lies transposed.
+        weight: torch.Tensor = linear.weight.detach()
+        weight = weight.t().contiguous() if isinstance(linear, Conv1D) else weight  # [out_features, in_features]
+        self.out_features, self.in_features = int(weight.shape[0]), int(weight.shape[1])
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self._widen_single_row = linear.weight.dtype is torch.float32
+        self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._widen_single_row = weight.dtype is torch.float32
 
     @property
     def weight(self) -> torch.Tensor:
@@ -64,7 +67,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> int:
-    """Replace, in place, every plain `nn.Linear` on the CPU in fp32 or bf16 by a `PackedLinear`.
+    """Replace, in place, every plain `nn.Linear` or `Conv1D` on the CPU in fp32 or bf16 by a `PackedLinear`.
 
     The unpacked weights are freed, except one that a tied embedding still reads.
 
@@ -77,14 +80,14 @@ def pack_linears(model: nn.Module) -> int:
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and _can_pack(child.weight)
+        if type(child) in (nn.Linear, Conv1D) and _can_pack(child)
     ]
     # A layer used in two places is packed once. Weak keys: an original is freed with its last place.
     packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
     replaced = 0
     for parent, name in places:
         linear = parent.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, nn.Linear | Conv1D)
         if linear not in packed:
             packed[linear] = PackedLinear(linear).train(linear.training)
             replaced += 1
@@ -98,7 +101,8 @@ def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
     return out
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
+def _can_pack(linear: nn.Linear | Conv1D) -> bool:
+    weight: torch.Tensor = linear.weight
     if weight.device.type != "cpu" or weight.dtype not in PACKABLE_DTYPES or weight.numel() == 0:
         return False
     # Without the instructions oneDNN has no bf16 kernel to reorder for.

@@ -10,13 +10,15 @@ from typing import Any
 import gguf_files as tiny
 import pytest
 import torch
+from fakes import ARCHITECTURES, make_config, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from paceline.errors import ConfigError, CorruptFileError, ModelNotFoundError, UnsupportedModelError
 from paceline.model import loader
-from paceline.model.checks import max_positions
+from paceline.model.checks import PROVED, max_positions
 from paceline.model.gguf import convert
+from paceline.model.gguf_config import build_config
 from paceline.model.loader import check_architecture, load_model, resolve_device, resolve_dtype
 
 
@@ -116,7 +118,7 @@ def config_of(kind: str, **changes: Any) -> Any:
     return AutoConfig.for_model(kind, **changes)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", PROVED)
 def test_proved_architectures_pass(kind: str) -> None:
     check_architecture(config_of(kind))
 
@@ -124,9 +126,14 @@ def test_proved_architectures_pass(kind: str) -> None:
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        (config_of("gpt2"), "proved so far"),
+        (config_of("gpt_neox"), "proved so far"),
         (config_of("t5"), "encoder-decoder"),
         (config_of("llava"), "multimodal"),
+        (config_of("gemma3"), "multimodal"),
+        (config_of("gemma3_text", use_bidirectional_attention=True), "attend to later"),
+        (config_of("llama", is_causal=False), "attend to later"),
+        (config_of("gpt2", add_cross_attention=True), "cross-attention"),
+        (config_of("gpt2", architectures=["GPT2DoubleHeadsModel"]), "GPT2DoubleHeadsModel"),
         (config_of("llama", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (config_of("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "gptq"),
         (config_of("qwen2", quantization_config={}), "unnamed"),
@@ -149,6 +156,106 @@ def test_longrope_is_capped() -> None:
     check_architecture(config)
     assert max_positions(config) == 4096
     assert max_positions(config_of("llama", max_position_embeddings=77)) == 77
+
+
+def test_lengths_under_other_names() -> None:
+    assert max_positions(config_of("gpt2", n_positions=77)) == 77
+    # OPT's table has two rows more, which no position reaches.
+    assert max_positions(config_of("opt", max_position_embeddings=77)) == 77
+    longrope = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}  # as published
+    assert max_positions(config_of("phi3", max_position_embeddings=131072, rope_scaling=longrope)) == 4096
+    assert max_positions(config_of("phi3", max_position_embeddings=8192)) == 8192
+
+
+def save(architecture: str, folder: Path) -> torch.nn.Module:
+    """A checkpoint of a random tiny model."""
+    model = make_model(make_config(architecture), attention="eager")
+    model.save_pretrained(folder)  # type: ignore[operator]
+    make_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_read_back(architecture: str, tmp_path: Path) -> None:
+    saved = save(architecture, tmp_path).state_dict()
+    loaded = load_model(str(tmp_path), dtype="float32", device="cpu")
+    found = loaded.model.state_dict()
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in saved.items())
+    assert loaded.max_model_len == 512
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_old_gpt2_checkpoints(prefix: str, tmp_path: Path) -> None:
+    """They hold the body alone, and the causal masks of each layer."""
+    saved = save("gpt2", tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {
+        prefix + name.removeprefix("transformer."): w for name, w in load_file(path).items() if "lm_head" not in name
+    }
+    weights |= {
+        f"{prefix}h.0.attn.bias": torch.ones(1, 1, 512, 512),
+        f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    edit_json(tmp_path / "config.json", tie_word_embeddings=True)
+    save_file(weights, path, metadata={"format": "pt"})
+    found = load_model(str(tmp_path), dtype="float32", device="cpu").model
+    assert torch.equal(found.transformer.h[2].mlp.c_fc.weight, saved.transformer.h[2].mlp.c_fc.weight)
+    assert torch.equal(found.lm_head.weight, saved.transformer.wte.weight)
+    save_file(weights | {f"{prefix}h.0.attn.c_attn.scale": torch.ones(96)}, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"c_attn\.scale"):
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"3.gate_proj.weight": None}, CorruptFileError),
+        ({f"5.{name}_proj.weight": None for name in ("gate", "up", "down")}, CorruptFileError),
+        ({f"{i}.down_proj.weight": None for i in range(6)}, CorruptFileError),
+        ({"3.gate_proj.weight": torch.ones(25, 32)}, CorruptFileError),
+        ({"3.gate_proj.bias": torch.ones(24)}, UnsupportedModelError),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe"])
+def test_damaged_experts(
+    architecture: str, change: dict[str, torch.Tensor | None], error: type[Exception], tmp_path: Path
+) -> None:
+    save(architecture, tmp_path)
+    edit_weights(tmp_path, **{f"model.layers.0.mlp.experts.{name}": value for name, value in change.items()})
+    with pytest.raises(error):
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+
+
+PHI3 = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("repository", ["", "microsoft/Phi-3-mini-4k-instruct--"])
+def test_code_that_transformers_took_over_is_never_run(repository: str, trust: bool, tmp_path: Path) -> None:
+    """Published Phi-3 checkpoints name their own copy of the modelling code."""
+    save("phi3", tmp_path)
+    for name in ("configuration_phi3.py", "modeling_phi3.py"):
+        (tmp_path / name).write_text("raise SystemExit('ran')")
+    code = {kind: repository + name for kind, name in PHI3.items()} | {"AutoTokenizer": "Xenova/gpt-4o"}
+    edit_json(tmp_path / "config.json", auto_map=code)
+    model = load_model(str(tmp_path), dtype="float32", device="cpu", trust_remote_code=trust).model
+    assert type(model).__module__ == "transformers.models.phi3.modeling_phi3"
+    edit_json(tmp_path / "config.json", auto_map=code | {"AutoModelForCausalLM": "modeling_phi3.Other"})
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fix"),
+    [("gemma3", "safetensors"), ("phi3", "safetensors"), ("qwen3moe", "safetensors"), ("mamba", "")],
+)
+def test_gguf_of_other_families_is_refused(architecture: str, fix: str) -> None:
+    metadata = {"general.architecture": architecture}
+    with pytest.raises(UnsupportedModelError, match=rf"'{architecture}'.*llama, qwen2, qwen3") as refusal:
+        build_config(metadata, 96, False, None, Path("m.gguf"))
+    assert fix in (refusal.value.fix or "")
+    assert (refusal.value.fix is None) == (fix == "")
 
 
 def test_missing_weights(checkpoint: Path) -> None:

@@ -1,19 +1,26 @@
-"""`PackedLinear` against `F.linear`, alone and inside the five architectures."""
+"""`PackedLinear` against `F.linear`, alone and inside every architecture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from fakes import ARCHITECTURES, make_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from paceline.model.packed_linear import PackedLinear, pack_linears
 
 SHAPES = [(576, 192), (96, 320), (17, 50), (1536, 64)]  # in, out
 ROWS = [0, 1, 2, 3, 8, 32, 256]
-COMMON = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-COMMON |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "max_position_embeddings": 64}
-COMMON |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+LINEARS = {  # in the three layers of a tiny model, and the head
+    **dict.fromkeys(ARCHITECTURES, 3 * 7 + 1),
+    "phi3": 3 * 4 + 1,
+    "gpt2": 3 * 4 + 1,
+    "opt": 3 * 6 + 1,
+    "qwen2_moe": 3 * 4 + 3 + 2 * (3 + 1) + 1,  # a plain layer, two with a shared expert and its gate
+    "qwen3_moe": 3 * 4 + 3 + 1,
+}
 
 
 def make_linear(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> nn.Linear:
@@ -80,20 +87,34 @@ def test_a_shared_layer_is_packed_once() -> None:
     assert model["a"][0] is model["b"][0]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transposed_layer(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Conv1D(50, 17).to(dtype).requires_grad_(False)
+    torch.nn.init.normal_(layer.bias)
+    packed = PackedLinear(layer)
+    assert (packed.in_features, packed.out_features) == (17, 50)
+    assert torch.equal(packed.weight, layer.weight.t())
+    tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+    for rows in (1, 2, 33):
+        x = torch.randn(1, rows, 17).to(dtype)
+        assert torch.allclose(packed(x).float(), layer(x).float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_architectures_run_packed(arch: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    tied = arch in ("llama", "gemma2")
-    config = AutoConfig.for_model(arch, **COMMON, tie_word_embeddings=tied)
+    tied = arch in ("llama", "gemma2", "gpt2")
+    config = make_config(arch, tie_word_embeddings=tied, initializer_range=0.1)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.inference_mode():
         before = model(ids).logits.float()
-        assert pack_linears(model) == 2 * 7 + 1
+        assert pack_linears(model) == LINEARS[arch]
         after = model(ids).logits.float()
         model.generate(ids, max_new_tokens=3, do_sample=False)
     tolerance = 1e-4 if dtype is torch.float32 else 0.05
     assert torch.allclose(before, after, rtol=tolerance, atol=tolerance * before.abs().max().item())
     assert model.dtype == dtype
-    assert model.get_input_embeddings().weight.shape == (100, 64)
+    assert model.get_input_embeddings().weight.shape == (96, 32)
