@@ -25,7 +25,8 @@ from paceline.server.logs import log_request
 logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready"})
 QUIET_PATHS = OPEN_PATHS | {"/metrics"}
-GENERATING_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+COUNTED_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+"""Routes whose work takes a place in the queue."""
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
 
 OnHTTP = Callable[[str, int, float], None]
@@ -84,13 +85,13 @@ class Gate:
         scope = exchange.scope
         if scope["path"] not in OPEN_PATHS:
             self._check_key(scope)
-        generating = scope["path"] in GENERATING_PATHS and scope["method"] == "POST"
-        if generating:
+        counted = scope["path"] in COUNTED_PATHS and scope["method"] == "POST"
+        if counted:
             self._admission.check()
         body = await self._read(scope, receive)
         state = scope.setdefault("state", {})
         state["request_id"] = exchange.request_id
-        if not generating:
+        if not counted:
             await self._run(exchange, body, receive)
             return
         state["ticket"] = ticket = self._admission.enter()

@@ -110,7 +110,7 @@ async def completions(http: HTTPRequest) -> Response:
 @router.post(
     "/tokenize",
     response_model=TokenizeResponse,
-    responses=_BODY_ERRORS,
+    responses={**_BODY_ERRORS, **_BUSY},
     openapi_extra=takes(TokenizeRequest),
     tags=["tokens"],
 )
@@ -143,7 +143,7 @@ def _tokenize(service: Service, body: TokenizeRequest) -> TokenizeResponse:
 @router.post(
     "/detokenize",
     response_model=DetokenizeResponse,
-    responses=_BODY_ERRORS,
+    responses={**_BODY_ERRORS, **_BUSY},
     openapi_extra=takes(DetokenizeRequest),
     tags=["tokens"],
 )

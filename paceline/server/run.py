@@ -105,9 +105,19 @@ def settings_of(service: Service, config: ServerConfig) -> uvicorn.Config:
         lifespan="on",
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         proxy_headers=False,
+        http=functools.partial(Connection, **timeouts),  # type: ignore[arg-type]
+        timeout_graceful_shutdown=_LAST_SECONDS,
     )
+
+
+def serve(service: Service, config: ServerConfig) -> int:
+    """Serve until a signal comes.
+
+    Returns:
+        The process's exit code: 0 after draining, 1 if the port cannot be had or a second signal cut it short.
+    """
     service.warm_up()
-    server = DrainingServer(settings, service)
+    server = DrainingServer(settings_of(service, config), service)
     try:
         server.run()
     except SystemExit:  # uvicorn's way of saying that the port is taken; its log names it

@@ -63,8 +63,8 @@ class Service:
         )
         template = getattr(loaded.tokenizer, "chat_template", None)
         detected = detect(template, getattr(loaded.config, "model_type", None))
-        fallback = None if detected.template_knows_tools else "hermes"  # what `parsers.fallback` asks for
-        self.tool_format = _format(config.tool_call_parser, detected.tool or fallback)
+        asked_for = detected.tool if detected.template_knows_tools else "hermes"  # `parsers.fallback` asks for it
+        self.tool_format = _format(config.tool_call_parser, asked_for)
         self.reasoning_format = _format(config.reasoning_parser, detected.reasoning)
         self.template = ChatTemplate(loaded.tokenizer, loaded.name, detected.template_knows_tools)
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="paceline-tokenize")

@@ -60,7 +60,7 @@ def make_byte_loaded(seed: int = 0, template: str = TEMPLATE, **changes: Any) ->
     """A random tiny Llama over that tokenizer."""
     tokenizer = make_byte_tokenizer(template)
     end = tokenizer.convert_tokens_to_ids(END)
-    config = make_config("llama", VOCAB, max_position_embeddings=MAX_LEN, eos_token_id=end, **changes)
+    config = make_config("llama", VOCAB, **{"max_position_embeddings": MAX_LEN, "eos_token_id": end, **changes})
     return LoadedModel(
         name="tiny",
         path=Path("tiny"),
@@ -70,7 +70,7 @@ def make_byte_loaded(seed: int = 0, template: str = TEMPLATE, **changes: Any) ->
         dtype=torch.float32,
         device=torch.device("cpu"),
         eos_token_ids=(end,),
-        max_model_len=MAX_LEN,
+        max_model_len=config.max_position_embeddings,
     )
 
 
@@ -100,6 +100,11 @@ class Running:
         """One JSON request."""
         with self.client() as client:
             return client.post(path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """One GET request."""
+        with self.client() as client:
+            return client.get(path, **options)
 
     def wait_idle(self, seconds: float = 10.0) -> None:
         """Wait until nothing runs, and check that every block is back."""

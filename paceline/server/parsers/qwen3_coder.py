@@ -100,13 +100,11 @@ def typed(text: str, schema: Mapping[str, Any]) -> str:
     return dump(text)
 
 
-def schema_types(schema: object) -> frozenset[str]:
+def schema_types(schema: Mapping[str, Any]) -> frozenset[str]:
     """The types a JSON schema allows; empty if it does not say.
 
     Alternatives are followed one level deep: schemas come from clients, and a deep one must not make us recurse.
     """
-    if not isinstance(schema, Mapping):
-        return frozenset()
     options = schema.get("anyOf") or schema.get("oneOf")
     if "type" in schema or not isinstance(options, list):
         return _own_types(schema)
