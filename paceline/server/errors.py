@@ -13,8 +13,10 @@ from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
 from paceline.errors import EngineDeadError, PacelineError, PromptTooLongError, RequestError
+from paceline.server.refusals import REASONS
 
 RETRY_AFTER_SECONDS = 1
+_MOST_PROBLEMS = 1000
 
 _TYPES = {
     401: "authentication_error",
@@ -71,6 +73,8 @@ def error_response(error: Exception, headers: Mapping[str, str] | None = None) -
 def invalid_body(error: ValidationError, body: bytes) -> HTTPError:
     """A body that is not JSON or does not fit the schema. Of several problems (a union's members each have one) the
     deepest is named, since it belongs to the member that fits best."""
+    if error.error_count() > _MOST_PROBLEMS:  # listing them would hold up everyone else
+        return HTTPError(400, f"the body has {error.error_count()} faults.", code="invalid_value")
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     if problems[0]["type"] == "json_invalid":
         return HTTPError(400, "the body is not valid JSON.", code="invalid_json")
@@ -79,7 +83,7 @@ def invalid_body(error: ValidationError, body: bytes) -> HTTPError:
     deepest = max(range(len(problems)), key=lambda i: len(places[i]))
     problem = problems[deepest]
     field = ".".join(str(part) for part in places[deepest]) or None
-    known = {"extra_forbidden": "is not known here.", "missing": "is missing."}
+    known = {"extra_forbidden": REASONS.get(field or "", "is not known here."), "missing": "is missing."}
     message = known.get(problem["type"], f"{problem['msg'].removeprefix('Value error, ')}.")
     return HTTPError(400, _printable(message), field=_printable(field) if field else None, code="invalid_value")
 

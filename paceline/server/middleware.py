@@ -194,7 +194,7 @@ def _log(exchange: _Exchange, seconds: float) -> None:
     path = exchange.scope["path"]
     if path in QUIET_PATHS and exchange.status < 400 and not logger.isEnabledFor(logging.DEBUG):
         return
-    report = exchange.scope.get("state", {}).get("report", lambda: {})()
+    report = exchange.scope.get("state", {}).get("report", dict)()
     log_request(
         logger,
         request_id=exchange.request_id,

@@ -61,6 +61,7 @@ class Service:
             time_limit=config.grammar_timeout,
             max_text=config.max_grammar_bytes,
         )
+        self._longest_token = max(map(len, loaded.tokenizer.get_vocab()))
         template = getattr(loaded.tokenizer, "chat_template", None)
         detected = detect(template, getattr(loaded.config, "model_type", None))
         asked_for = detected.tool if detected.template_knows_tools else "hermes"  # `parsers.fallback` asks for it
@@ -135,6 +136,13 @@ class Service:
         Raises:
             PromptTooLongError: it has more tokens than fit.
         """
+        # Tokenising megabytes takes seconds; no token has more characters than the longest one.
+        if len(text) > self.max_model_len * self._longest_token:
+            raise PromptTooLongError(
+                f"has more than the {self.max_model_len} tokens that prompt and output together may have.",
+                field=field,
+                fix="Shorten it.",
+            )
         ids = list(self.loaded.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         self.check_length(ids, field)
         return ids

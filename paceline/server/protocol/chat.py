@@ -36,6 +36,8 @@ class ToolCallMessage(Body):
     function: FunctionCall
 
 
+MAX_PARTS = 4096
+Parts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -43,7 +45,7 @@ class Message(Body):
     """One message of the conversation."""
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | Parts | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCallMessage], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
@@ -90,7 +92,7 @@ class Prediction(Body):
     """OpenAI's predicted output: text that the caller expects back, a free draft."""
 
     type: Literal["content"]
-    content: str | list[TextPart]
+    content: str | Parts
 
     def text(self) -> str:
         """The prediction as one text."""
@@ -102,7 +104,7 @@ class Prediction(Body):
 class ChatRequest(SamplingBody):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = Field(
         None, description="Most new tokens; the room that the context leaves by default."

@@ -11,7 +11,7 @@ from paceline.server.protocol.common import MAX_INT, Answer, RequestMetrics, Sam
 MAX_PROMPTS = 256
 MAX_LOGPROBS = 20
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 
 class CompletionRequest(SamplingBody):
@@ -20,8 +20,8 @@ class CompletionRequest(SamplingBody):
     prompt: (
         str
         | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = Field(
         None, description="Most new tokens (default 16); 0 only with `echo`."

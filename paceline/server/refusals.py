@@ -1,0 +1,23 @@
+"""Fields of other servers that are not served here, each with its reason. They are refused rather than ignored, since
+an answer without them would not be what was asked for."""
+
+from __future__ import annotations
+
+_LORA = "LoRA adapters cannot be chosen by request; merge the adapter into the model and serve that."
+_GUIDED = "is an older name; use structured_outputs."
+_MEDIA = "only text is served."
+
+REASONS = {
+    **dict.fromkeys(("lora", "lora_request", "lora_path", "lora_name", "adapter", "adapter_id", "adapters"), _LORA),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GUIDED),
+    **dict.fromkeys(("audio", "images", "videos", "mm_processor_kwargs", "documents"), _MEDIA),
+    "functions": "is deprecated; use tools.",
+    "function_call": "is deprecated; use tool_choice.",
+    "chat_template": "templates come with the model, never with a request.",
+    "prompt_embeds": "prompts are text or token ids.",
+    "use_beam_search": "beam search is not served; take several samples with n.",
+    "web_search_options": "the server reaches no other server.",
+    "logits_processors": "no code is taken from requests; use logit_bias or structured_outputs.",
+    "best_of": "samples are not ranked; use n.",
+}
+"""Field of a request's body -> why it is refused."""
