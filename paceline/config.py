@@ -207,6 +207,8 @@ class SamplingParams:
     """Report the log-probability of each token and of this many most likely ones."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens; such a request takes no prefix-cache hits."""
+    visible_tokens: tuple[int, ...] = ()
+    """Special tokens whose text stays in the output, such as the markers of tool calls; others are left out."""
     prediction: str | None = None
     """Text that the caller expects back: a free draft (as in OpenAI's `prediction`)."""
     structured: StructuredOutput | None = None
@@ -218,6 +220,7 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         object.__setattr__(self, "stop", _as_tuple(self.stop, str, "stop"))
         object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int, "stop_token_ids"))
+        object.__setattr__(self, "visible_tokens", _as_tuple(self.visible_tokens, int, "visible_tokens"))
         for name, low, high in (
             ("max_tokens", 1, None),
             ("min_tokens", 0, None),

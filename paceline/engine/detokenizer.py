@@ -22,10 +22,18 @@ class Detokenizer:
         tokenizer: a `transformers` tokenizer with a fast backend.
         stop: strings that end the text.
         prompt_ids: the prompt. Its end primes the decoder, since some tokenizers drop a space at the very start.
+        visible: special tokens whose text is kept.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        prompt_ids: Sequence[int] = (),
+        visible: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._visible = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in visible}
         self._stream = DecodeStream(skip_special_tokens=True)
         self._prompt_end = list(prompt_ids[-_PRIMING:])
         for token in self._prompt_end:
@@ -47,7 +55,8 @@ class Detokenizer:
             The text it releases, and whether a stop string is complete (the text then ends before it).
         """
         before = len(self._text)
-        self._text += self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        said = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._text += self._visible.get(token, said)
         if not self._stop:
             return self._release(len(self._text)), False
         if check_stop:

@@ -110,6 +110,7 @@ def chat_params(body: ChatRequest, tools: list[Tool], service: Service) -> tuple
         structured=structured,
         max_tokens=body.max_completion_tokens or body.max_tokens or service.max_model_len,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        visible_tokens=service.markers if tools or service.reasoning_format else None,
         prediction=body.prediction.text() or None if body.prediction else None,
     )
     return (params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())), field
@@ -137,7 +138,9 @@ def _demanded_call(body: ChatRequest, tools: list[Tool], tool_format: str | None
         raise RequestError("cannot be enforced: this server parses no tool calls.", field="tool_choice")
     names = [choice.function.name] if isinstance(choice, NamedToolChoice) else None
     plain = [tool.model_dump(exclude_none=True) for tool in tools]
-    demand = tool_grammar(tool_format, plain, names, body.parallel_tool_calls is not False)
+    # A named function is called once, as at OpenAI: a model that may call it again often never stops.
+    several = names is None and body.parallel_tool_calls is not False
+    demand = tool_grammar(tool_format, plain, names, several)
     kind, value = next(iter(demand.items()))
     return StructuredOutput(**{"grammar" if kind == "ebnf" else kind: value})
 

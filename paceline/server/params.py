@@ -19,6 +19,8 @@ _SAME_NAME = (
     "min_tokens",
     "ignore_eos",
 )
+_LEAST_PENALTY = 0.01
+"""Logits are divided by it, and must stay finite."""
 
 
 def sampling_params(
@@ -37,6 +39,8 @@ def sampling_params(
     """
     if body.n is not None and body.n > max_n:
         raise RequestError(f"is {body.n}, and the server allows {max_n}.", field="n")
+    if body.repetition_penalty is not None and body.repetition_penalty < _LEAST_PENALTY:
+        raise RequestError(f"must be at least {_LEAST_PENALTY}.", field="repetition_penalty")
     given = {name: getattr(body, name) for name in _SAME_NAME if getattr(body, name) is not None}
     if body.top_k is not None:
         given["top_k"] = max(body.top_k, 0)

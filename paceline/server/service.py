@@ -26,6 +26,7 @@ from paceline.server.errors import HTTPError
 from paceline.server.gauges import EngineGauges
 from paceline.server.metrics import Metrics
 from paceline.server.parsers.detect import detect
+from paceline.server.parsers.registry import MARKERS
 from paceline.server.prompts import ChatTemplate
 from paceline.server.protocol.common import SamplingBody
 from paceline.server.tokens import TokenTexts
@@ -68,6 +69,7 @@ class Service:
         self.tool_format = _format(config.tool_call_parser, asked_for)
         self.reasoning_format = _format(config.reasoning_parser, detected.reasoning)
         self.template = ChatTemplate(loaded.tokenizer, loaded.name, detected.template_knows_tools)
+        self.markers = _special_ids(loaded.tokenizer, MARKERS)
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="paceline-tokenize")
         self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="paceline-grammar")
 
@@ -198,6 +200,12 @@ class Service:
 
 def _format(setting: str, detected: str | None) -> str | None:
     return {"auto": detected, "none": None}.get(setting, setting)
+
+
+def _special_ids(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    """Those of the texts that are special tokens, which decoding leaves out."""
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(special[text] for text in texts if text in special)
 
 
 def _gauges(engine: Engine) -> EngineGauges:

@@ -66,9 +66,11 @@ class TokenTexts:
         )
 
     def top(self, item: TokenLogprobs) -> dict[str, float]:
-        """Text completions' form of the alternatives: the likeliest tokens and the chosen one."""
-        found = {self.text_of(token): finite(value) for token, value in item.top}
-        found.setdefault(self.text_of(item.token_id), finite(item.logprob))
+        """Text completions' form of the alternatives: the likeliest tokens and the chosen one. Of tokens with the same
+        text the likeliest counts."""
+        found: dict[str, float] = {}
+        for token, value in (*item.top, (item.token_id, item.logprob)):
+            found.setdefault(self.text_of(token), finite(value))
         return found
 
 

@@ -43,13 +43,12 @@ def usage_of(requests: Sequence[Request], *, reasoning_tokens: int = 0, hidden: 
 
 
 def metrics_of(requests: Sequence[Request]) -> RequestMetrics:
-    """Speculation statistics."""
-    histogram: list[int] = []
+    """Speculation statistics. The histogram has an entry for every count that a draft allows: AIPerf insists on it."""
+    longest = max((request.stats.longest_draft for request in requests), default=0)
+    histogram = [0] * (longest + 1)
     accepted_by: dict[str, int] = {}
     for request in requests:
-        counts = request.stats.accepted_counts
-        histogram.extend([0] * (len(counts) - len(histogram)))
-        for accepted, steps in enumerate(counts):
+        for accepted, steps in enumerate(request.stats.accepted_counts):
             histogram[accepted] += steps
         for name, count in request.stats.accepted_by.items():
             accepted_by[name] = accepted_by.get(name, 0) + count
@@ -64,7 +63,7 @@ def metrics_of(requests: Sequence[Request]) -> RequestMetrics:
             num_spec_steps=steps,
             num_accepted_draft_tokens=accepted,
             num_draft_tokens=drafted,
-            num_spec_tokens=max((request.stats.longest_draft for request in requests), default=0),
+            num_spec_tokens=longest,
             accepted_by=accepted_by,
         )
     )

@@ -152,7 +152,9 @@ class SpeculativeDecoding(Answer):
 
     mean_acceptance_length: float = Field(description="1 + accepted tokens per speculating step.")
     draft_acceptance_rate: float = Field(description="Accepted over drafted tokens.")
-    acceptance_histogram: list[int] = Field(description="Entry j: speculating steps that accepted j draft tokens.")
+    acceptance_histogram: list[int] = Field(
+        description="Entry j, from 0 to num_spec_tokens: speculating steps that accepted j draft tokens."
+    )
     num_spec_steps: int = Field(description="Steps that verified at least one draft token.")
     num_accepted_draft_tokens: int
     num_draft_tokens: int
