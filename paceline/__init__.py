@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paceline import errors as errors
+    from paceline.config import RequestSpeculation as RequestSpeculation
     from paceline.config import SamplingParams as SamplingParams
+    from paceline.config import StructuredOutput as StructuredOutput
     from paceline.llm import LLM as LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__", "errors"]
+__all__ = ["LLM", "RequestSpeculation", "SamplingParams", "StructuredOutput", "__version__", "errors"]
 
-_HOME = {"LLM": "paceline.llm", "SamplingParams": "paceline.config"}
+_HOME = {
+    "LLM": "paceline.llm",
+    "RequestSpeculation": "paceline.config",
+    "SamplingParams": "paceline.config",
+    "StructuredOutput": "paceline.config",
+}
 
 
 def __getattr__(name: str) -> Any:

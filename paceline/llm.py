@@ -10,7 +10,9 @@ from numbers import Integral
 from typing import Any, cast
 
 from paceline.config import EngineConfig, SamplingParams
+from paceline.constrain.compiler import Grammars
 from paceline.engine.builder import build_engine, check_speculation
+from paceline.engine.constraint import Constraint
 from paceline.engine.request import Request
 from paceline.engine.rng import fresh_seed
 from paceline.errors import RequestError, SamplingParamsError
@@ -56,6 +58,7 @@ class LLM:
             )
         self.loaded = model
         self.engine = build_engine(self.config, model, on_progress)
+        self._grammars: Grammars | None = None
         self._ids = itertools.count()
         self._open: dict[str, Collector] = {}
 
@@ -175,8 +178,11 @@ class LLM:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def close(self) -> None:
-        """Cancel everything that runs."""
+        """Cancel everything that runs, and end the process that compiles grammars."""
         self.engine.abort_all()
+        if self._grammars is not None:
+            self._grammars.close()
+            self._grammars = None
 
     def __enter__(self) -> LLM:
         return self
@@ -228,11 +234,35 @@ class LLM:
             self.engine.step()  # nothing runs any more: this only collects the news of the cancellations
 
     def _requests(self, prompt: Prompt, params: SamplingParams, salt: str) -> list[Request]:
-        return make_requests(self.tokenizer, prompt, params, salt, f"r{next(self._ids)}")
+        return make_requests(self.tokenizer, prompt, params, salt, f"r{next(self._ids)}", self._constraint(params))
+
+    def _constraint(self, params: object) -> Constraint | None:
+        """Of a prompt's samples; the first one starts the compiler's process."""
+        structured = params.structured if isinstance(params, SamplingParams) else None
+        if structured is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
+        return self._grammars.constraint(structured)
 
 
-def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: str, request_id: str) -> list[Request]:
+def make_requests(
+    tokenizer: Any,
+    prompt: Prompt,
+    params: SamplingParams,
+    salt: str,
+    request_id: str,
+    constraint: Constraint | None = None,
+) -> list[Request]:
     """One engine request per sample; later samples wait for the first one's prompt KV.
+
+    Args:
+        tokenizer: the model's.
+        prompt: text or token ids.
+        params: with `structured`, a constraint is needed, too.
+        salt: callers with different salts share no cached state.
+        request_id: of the sample, or what the samples' ids begin with.
+        constraint: at the beginning of the text; every sample gets a copy.
 
     Raises:
         RequestError: the prompt is neither text nor token ids.
@@ -254,6 +284,7 @@ def make_requests(tokenizer: Any, prompt: Prompt, params: SamplingParams, salt: 
                 sample_index=index,
                 salt=salt,
                 prediction_ids=tuple(predicted),
+                constraint=None if constraint is None else constraint.fork(),
                 leader=requests[0] if requests else None,
             )
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from paceline.config import EngineConfig
@@ -132,3 +134,29 @@ def make_engine(loaded: LoadedModel | None = None, **options: Any) -> Any:
     """An engine over a tiny model."""
     defaults = {"speculation": "none", "kv_cache_memory": 4 << 20}
     return build_engine(EngineConfig.from_options({**defaults, **options}), loaded or make_loaded())
+
+
+BYTE_VOCAB = 384
+
+
+@cache
+def make_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with an end token and about a hundred tokens of several characters, many of them JSON's."""
+    words = ["name", "age", "tags", "inner", "true", "false", "null", "red", "green", "kind", "value", "the", "and"]
+    turns = [words[i:] + words[:i] for i in range(len(words))]
+    corpus = [f'{{"{a}": "{b}", "{c}": [1, 2.5, 10], "{d}": {{"{e}": null}}}}' for a, b, c, d, e, *_ in turns]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTE_VOCAB, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(corpus * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def make_byte_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
+    """A random tiny model that writes bytes, for output with a grammar."""
+    loaded = make_loaded(vocab_size=BYTE_VOCAB, seed=seed, **changes)
+    return replace(loaded, tokenizer=make_byte_tokenizer())

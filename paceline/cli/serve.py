@@ -53,7 +53,10 @@ def _truth(text: str) -> bool:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:  # an empty key must not open the server
+        raise ValueError("is empty")
+    return names
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,10 @@
 """The draft stage: ask the planned drafters and make one tree per request.
 
 A drafter that raises loses this step's proposals and is left out from then on; the requests go on without it.
+
+Nodes that a request's grammar forbids are cut from proposals that were *chosen*, before anything is made of them, so
+that what is left is expected as honestly as ever and nobody is blamed for them. A *sampled* chain is never cut by the
+value of a token: its drafter draws under the grammar already.
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 from paceline.cache.block_manager import BlockManager
-from paceline.draft.base import DraftContext, Drafter, Proposal
-from paceline.draft.tree import build, merge
+from paceline.draft.base import NOTHING, DraftContext, Drafter, Proposal
+from paceline.draft.tree import build, merge, part
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.request import Request
 from paceline.engine.types import DraftBatch, Observation, ScheduledBatch, SpecPlan
@@ -69,7 +73,7 @@ class Drafting:
         try:
             proposals = list(drafter.propose(contexts))
             self._check(proposals, len(contexts))
-            return proposals
+            return [_allowed(p, c.request) for p, c in zip(proposals, contexts, strict=True)]
         except Exception:
             logger.exception("drafter %s failed and is left out from now on", drafter.name)
             del self.drafters[drafter.name]
@@ -113,6 +117,17 @@ class Drafting:
         """Drop a finished request's state."""
         for drafter in self._all:
             drafter.forget(request)
+
+
+def _allowed(proposal: Proposal, request: Request) -> Proposal:
+    """What the request's grammar leaves of a proposal. If the grammar fails, acceptance will say so."""
+    if request.constraint is None or proposal.laws is not None or not len(proposal):
+        return proposal
+    try:
+        return part(proposal, request.constraint.surviving(proposal.tokens, proposal.parents))
+    except Exception:
+        logger.exception("the grammar of request %s failed; it gets no draft", request.id)
+        return NOTHING
 
 
 def _budget(request: Request, name: str, budget: int, limit: int | None) -> int:

@@ -4,6 +4,8 @@ It runs on the same runner as the target with a paged cache of its own. Each rou
 since (after full acceptance that is two tokens), then drafts one token per forward for all requests together, ragged:
 a request with a shorter budget leaves the later forwards.
 
+Of a request with a grammar it drafts under the grammar, and no further than the text can go.
+
 Under `coupled` tokens are drawn from the draft law with the target's noise, which makes agreement likely; under other
 rules they come from a stream of their own and carry their laws. Confidence class: the largest raw probability of the
 draft's next-token distribution, in tenths. It is known before the token is drawn, so cutting by it is exact.
@@ -11,6 +13,7 @@ draft's next-token distribution, in tenths. It is known before the token is draw
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,14 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from paceline.arrays import BoolArray
 from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
+from paceline.engine.constraint import Constraint
 from paceline.engine.request import Request
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law, build_law
 from paceline.engine.types import Observation, Tap
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
 
+logger = logging.getLogger(__name__)
 _CLASSES = 10
 
 
@@ -105,9 +111,8 @@ class ModelDrafter:
         active = self._catch_up([d for d in drafts if d is not None])
         while active:
             rows = self._forward(active)
-            for draft, row in zip(active, rows, strict=True):
-                self._extend(draft, row)
-            active = [d for d in active if len(d.tokens) < d.context.budget]
+            extended = [self._extend(draft, row) for draft, row in zip(active, rows, strict=True)]
+            active = [d for d, ok in zip(active, extended, strict=True) if ok and len(d.tokens) < d.context.budget]
         return [NOTHING if d is None or not d.tokens else self._proposal(d) for d in drafts]
 
     def _proposal(self, draft: _Draft) -> Proposal:
@@ -171,15 +176,22 @@ class ModelDrafter:
             sequence.tokens.extend(feed)
         return logits
 
-    def _extend(self, draft: _Draft, row: NDArray[np.float32]) -> None:
+    def _extend(self, draft: _Draft, row: NDArray[np.float32]) -> bool:
+        """Draw one more token; False where there is nothing to draw, which is known before anything is drawn."""
         request = draft.context.request
+        allowed = None
+        if request.constraint is not None:
+            allowed = _allowed(request.constraint, draft.tokens)
+            if allowed is None or not (row[allowed] > -np.inf).any():
+                return False
         output = [*request.output_ids, *draft.tokens]
         masked = (*self._stop_ids, *request.params.stop_token_ids)
-        law = build_law(row, request.params, request.token_ids[: request.prompt_len], output, masked)
+        law = build_law(row, request.params, request.token_ids[: request.prompt_len], output, masked, allowed)
         token = law.draw(self._noise(request, len(draft.tokens)))
         draft.tokens.append(token)
         draft.keys.append(_confidence_class(row))
         draft.laws.append(law)
+        return True
 
     def _noise(self, request: Request, depth: int) -> NDArray[np.uint32]:
         """Noise of the draft token at `depth`: the target's own under `coupled`, else fresh in every round."""
@@ -190,6 +202,15 @@ class ModelDrafter:
         if self._coupled:
             return noise.words(position, Stream.TARGET, self._vocab_size)
         return noise.words(position, Stream.DRAFT, self._vocab_size, round_id=len(request.token_ids))
+
+
+def _allowed(constraint: Constraint, path: Sequence[int]) -> BoolArray | None:
+    """The grammar's mask; None behind the end, and where the grammar fails (acceptance reports it).  # [vocab]"""
+    try:
+        return constraint.allowed(path)
+    except Exception:
+        logger.exception("a grammar failed; its request gets no draft")
+        return None
 
 
 def _confidence_class(row: NDArray[np.float32]) -> int:

@@ -26,6 +26,7 @@ class DrafterEntry:
 
 
 DRAFTERS: dict[str, DrafterEntry] = {
+    "grammar": DrafterEntry("paceline.draft.grammar:GrammarDrafter", 32, {}),
     "ngram": DrafterEntry("paceline.draft.ngram:NgramDrafter", 16, {"lookup_max": int, "lookup_min": int}),
     "prediction": DrafterEntry("paceline.draft.prediction:PredictionDrafter", 32, {}),
     "recycling": DrafterEntry("paceline.draft.recycling:RecyclingDrafter", 32, {}, ("vocab_size", "chain")),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from paceline.arrays import FloatArray
+from paceline.arrays import FloatArray, IntArray
 from paceline.draft.base import Proposal
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 
@@ -82,6 +82,16 @@ def merge(proposals: Sequence[tuple[str, Proposal]], acceptance: Mapping[str, Fl
         survival=_down_the_tree(parents, expect),
         shared=tuple(shared),
     )
+
+
+def part(proposal: Proposal, nodes: IntArray) -> Proposal:
+    """What `nodes` (ascending, ancestors included) are of a proposal whose tokens were chosen."""
+    assert proposal.laws is None, "a sampled chain is kept whole"
+    if len(nodes) == len(proposal):
+        return proposal
+    new_id = np.full(len(proposal) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself
+    new_id[nodes] = np.arange(len(nodes))
+    return Proposal(proposal.tokens[nodes], new_id[proposal.parents[nodes]], proposal.key[nodes])
 
 
 def _is_chain(proposal: Proposal) -> bool:

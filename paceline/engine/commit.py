@@ -121,9 +121,12 @@ class Committer:
         text = self._text.get(request)
         if text is None:
             prompt = request.token_ids[: request.prompt_len]
-            text = self._text[request] = Detokenizer(self._tokenizer, request.params.stop, prompt)
+            text = Detokenizer(self._tokenizer, request.params.stop, prompt, request.params.visible_tokens)
+            self._text[request] = text
         pieces: list[str] = []
         for token in tokens:
+            if request.constraint is not None:
+                request.constraint.advance(token)
             request.token_ids.append(token)
             checked = request.num_output >= request.params.min_tokens
             piece, stopped = text.push(token, check_stop=checked)
@@ -138,6 +141,8 @@ class Committer:
     def _finish_reason(self, request: Request, token: int) -> FinishReason | None:
         params = request.params
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
+            return FinishReason.STOP
+        if request.constraint is not None and request.constraint.finished:
             return FinishReason.STOP
         if request.num_output >= params.max_tokens or len(request.token_ids) >= self._max_model_len:
             return FinishReason.LENGTH
@@ -194,11 +199,14 @@ def _count_draft(stats: RequestStats, tree: DraftTree, path: Sequence[int]) -> N
     stats.draft_tokens += len(tree)
     stats.longest_draft = max(stats.longest_draft, len(tree))
     stats.accepted_tokens += len(path)
-    for name in tree.drafter:
-        stats.drafted_by[name] = stats.drafted_by.get(name, 0) + 1
-    for node in path:
-        name = tree.drafter[node]
-        stats.accepted_by[name] = stats.accepted_by.get(name, 0) + 1
+    for counts, names in (
+        (stats.drafted_by, tree.drafter),
+        (stats.accepted_by, [tree.drafter[node] for node in path]),
+        (stats.also_drafted_by, [name for _, name, _ in tree.shared]),
+        (stats.also_accepted_by, [name for node, name, _ in tree.shared if node in path]),
+    ):
+        for name in names:
+            counts[name] = counts.get(name, 0) + 1
     stats.accepted_counts.extend([0] * (len(path) + 1 - len(stats.accepted_counts)))
     stats.accepted_counts[len(path)] += 1
 

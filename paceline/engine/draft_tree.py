@@ -27,8 +27,7 @@ class DraftTree:
     sampled: bool = False
     laws: tuple[Law, ...] | None = None  # [n] when sampled
     shared: tuple[tuple[int, str, int], ...] = ()
-    """(node, drafter, key) of further drafters that proposed the same node. They are labelled like the owner; `keep`
-    drops them, since labels are read from the untrimmed tree."""
+    """(node, drafter, key) of further drafters that proposed the same node; they are labelled like the owner."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,6 +75,7 @@ class DraftTree:
             survival=self.survival[nodes],
             sampled=self.sampled,
             laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
+            shared=tuple((int(new_id[node]), name, key) for node, name, key in self.shared if new_id[node] >= 0),
         )
 
 

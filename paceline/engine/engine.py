@@ -91,7 +91,7 @@ class Engine:
 
         Raises:
             PromptTooLongError: no room for a single new token.
-            RequestError: an id twice, or a token outside the vocabulary.
+            RequestError: an id twice, a token outside the vocabulary, or a structured output without its constraint.
         """
         if request.id in self._requests or any(news.request_id == request.id for news in self._news):
             raise RequestError(f"{request.id!r} is running already.", field="request_id")
@@ -109,11 +109,14 @@ class Engine:
             "prompt": request.token_ids,
             "logit_bias": request.params.logit_bias,
             "stop_token_ids": request.params.stop_token_ids,
+            "visible_tokens": request.params.visible_tokens,
             "prediction": request.prediction_ids,
         }
         for field, tokens in mentioned.items():
             if any(not 0 <= t < self.vocab_size for t in tokens):
                 raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
+        if request.params.structured is not None and request.constraint is None:
+            raise RequestError("comes without its constraint.", field="structured_outputs")
         wish = request.params.speculation
         unknown = set(wish.drafters or ()) - set(self.drafter_names) if wish else set()
         if unknown:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from paceline.config import SamplingParams
+from paceline.engine.constraint import Constraint
 
 
 class FinishReason(StrEnum):
@@ -42,6 +43,10 @@ class RequestStats:
     """Accepted tokens by the drafter that guessed them."""
     drafted_by: dict[str, int] = field(default_factory=dict)
     """Verified draft nodes by the drafter that guessed them."""
+    also_accepted_by: dict[str, int] = field(default_factory=dict)
+    """Accepted tokens by further drafters that guessed the same."""
+    also_drafted_by: dict[str, int] = field(default_factory=dict)
+    """Verified draft nodes by further drafters that guessed the same."""
     accepted_counts: list[int] = field(default_factory=list)
     """`accepted_counts[j]`: forwards with draft nodes of which j were accepted."""
     longest_draft: int = 0
@@ -66,6 +71,8 @@ class Request:
     sample_index: int = 0
     salt: str = ""
     prediction_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    """What `params.structured` still allows; it moves with every committed token."""
     leader: Request | None = None
     """A sibling with the same prompt whose KV this one waits for."""
     num_computed: int = 0

@@ -1,7 +1,7 @@
 """Logits to probabilities: the one definition that target and drafters share, and the draw from it.
 
-Order: penalties and logit bias, the `min_tokens` mask, temperature, top-k, top-p (over what top-k left), min-p. The
-vocabulary is never sorted: thresholds found in one pass leave a short list, and only that is.
+Order: penalties and logit bias, the grammar's mask, the `min_tokens` mask, temperature, top-k, top-p (over what top-k
+left), min-p. The vocabulary is never sorted: thresholds found in one pass leave a short list, and only that is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.arrays import BoolArray
 from paceline.config import SamplingParams
 from paceline.engine.rng import uniforms
 from paceline.errors import RequestError
@@ -76,6 +77,7 @@ def build_law(
     prompt: Sequence[int],
     output: Sequence[int],
     stop_ids: Sequence[int] = (),
+    allowed: BoolArray | None = None,
 ) -> Law:
     """The distribution of the next token.
 
@@ -85,12 +87,13 @@ def build_law(
         prompt: the prompt's tokens.
         output: the tokens generated before this position: committed ones and the node's own path.
         stop_ids: the tokens that would end the output, masked while `output` is shorter than `min_tokens`.
+        allowed: the tokens a grammar allows here; None allows all.  # [vocab]
 
     Raises:
-        RequestError: the logits hold no finite value.
+        RequestError: the logits hold no finite value, or none of an allowed token.
     """
-    if params.edits_logits:
-        row = edit_logits(row, params, prompt, output, stop_ids)
+    if params.edits_logits or allowed is not None:
+        row = edit_logits(row, params, prompt, output, stop_ids, allowed)
     peak = float(row.max())
     if not np.isfinite(peak):
         raise RequestError("the model returned logits without a finite maximum.", field="logits")
@@ -113,8 +116,13 @@ def edit_logits(
     prompt: Sequence[int],
     output: Sequence[int],
     stop_ids: Sequence[int],
+    allowed: BoolArray | None = None,
 ) -> NDArray[np.float32]:
-    """A copy of the row with penalties, bias and the `min_tokens` mask applied.  # [vocab]"""
+    """A copy of the row with penalties, bias, the grammar's and the `min_tokens` mask applied.  # [vocab]
+
+    Raises:
+        RequestError: no token that the grammar allows has a finite logit.
+    """
     row = row.copy()
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.asarray([*prompt, *output], dtype=np.int64))
@@ -126,8 +134,18 @@ def edit_logits(
         row[seen] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
     for token, bias in params.logit_bias.items():
         row[token] += np.float32(bias)
+    if allowed is None:
+        if len(output) < params.min_tokens:
+            row[list(stop_ids)] = -np.inf
+        return row
+    row = np.where(allowed, row, np.float32(-np.inf))
+    if row.max() == -np.inf:
+        raise RequestError("the grammar allows no token that the model could say here.", field="structured_outputs")
     if len(output) < params.min_tokens:
-        row[list(stop_ids)] = -np.inf
+        longer = row.copy()
+        longer[list(stop_ids)] = -np.inf
+        if longer.max() > -np.inf:  # where only an end is allowed, the text ends, however short it is
+            return longer
     return row
 
 

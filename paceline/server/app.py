@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -90,5 +91,6 @@ def _openapi(app: FastAPI, secured: bool) -> dict[str, Any]:
                 operation["security"] = [{"bearer": []}]
     if secured:
         document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    app.openapi_schema = document
-    return document
+    # A field that spells out its own schema names its parts as pydantic does.
+    app.openapi_schema = json.loads(json.dumps(document).replace('"#/$defs/', '"#/components/schemas/'))
+    return app.openapi_schema

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from paceline.engine.request import Request
 from paceline.server.protocol.common import (
@@ -27,8 +27,11 @@ def usage_of(requests: Sequence[Request], *, reasoning_tokens: int = 0, hidden: 
     prompts = [request for request in requests if request.sample_index == 0]
     prompt = sum(request.prompt_len for request in prompts)
     output = sum(request.num_output for request in requests) - hidden
-    accepted = sum(request.stats.accepted_by.get(_PREDICTION, 0) for request in requests)
-    drafted = sum(request.stats.drafted_by.get(_PREDICTION, 0) for request in requests)
+    # Another drafter may have guessed the same token with more confidence; it was predicted all the same.
+    accepted = _predicted(request.stats.accepted_by for request in requests)
+    accepted += _predicted(request.stats.also_accepted_by for request in requests)
+    drafted = _predicted(request.stats.drafted_by for request in requests)
+    drafted += _predicted(request.stats.also_drafted_by for request in requests)
     return Usage(
         prompt_tokens=prompt,
         completion_tokens=output,
@@ -40,6 +43,10 @@ def usage_of(requests: Sequence[Request], *, reasoning_tokens: int = 0, hidden: 
             rejected_prediction_tokens=drafted - accepted,
         ),
     )
+
+
+def _predicted(counts: Iterable[Mapping[str, int]]) -> int:
+    return sum(count.get(_PREDICTION, 0) for count in counts)
 
 
 def metrics_of(requests: Sequence[Request]) -> RequestMetrics:

@@ -60,12 +60,16 @@ def _accept_one(
     output = request.output_ids if params.edits_logits else []
     prompt = request.token_ids[: request.prompt_len] if params.edits_logits else []
     masked = (*stop_ids, *params.stop_token_ids)
+    constraint = request.constraint
 
     def law(node: int, path: Sequence[int]) -> Law:
         row = first_row + 1 + node
+        allowed = None if constraint is None else constraint.allowed(path)
         if params.greedy and not params.edits_logits and scores.finite[row]:
-            return Law.point(int(scores.argmax[row]))
-        return build_law(scores.host[row], params, prompt, [*output, *path], masked)
+            best = int(scores.argmax[row])
+            if allowed is None or allowed[best]:
+                return Law.point(best)
+        return build_law(scores.host[row], params, prompt, [*output, *path], masked, allowed)
 
     chosen = _ARGMAX_MATCH if params.greedy else rule
     return chosen.accept(tree, law, _noise(request, chosen), len(request.token_ids), scores.logits.shape[-1])

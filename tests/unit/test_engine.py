@@ -114,10 +114,10 @@ def test_a_law_that_raises(speculation: str, monkeypatch: pytest.MonkeyPatch) ->
     victim.params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True, logit_bias={5: 0.0})
     original = accept.build_law
 
-    def broken(row: Any, params: SamplingParams, prompt: Any, output: Any, stop: Any) -> Any:
+    def broken(row: Any, params: SamplingParams, prompt: Any, output: Any, *more: Any) -> Any:
         if params is victim.params and len(output) >= 4:
             raise ValueError("no law here")
-        return original(row, params, prompt, output, stop)
+        return original(row, params, prompt, output, *more)
 
     monkeypatch.setattr(accept, "build_law", broken)
     news = run(engine, requests)

@@ -10,10 +10,11 @@ import pytest
 import paceline
 
 ROOT = Path(paceline.__file__).parent
-_VALUES = ("types", "draft_tree", "request", "sampling", "rng")
+_VALUES = ("types", "constraint", "draft_tree", "request", "sampling", "rng")
 TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
-LAYERS = (TYPES, ("cache",), ("model",), STAGES, ("engine",), ("outputs",), ("llm",), ("cli", "bench", "server"))
+RESOURCES = ("model", "constrain")
+LAYERS = (TYPES, ("cache",), RESOURCES, STAGES, ("engine",), ("outputs",), ("llm",), ("cli", "bench", "server"))
 
 
 def modules() -> dict[str, Path]:
@@ -90,5 +91,6 @@ def test_only_commit_appends_tokens() -> None:
 
 
 def test_public_names() -> None:
-    assert sorted(paceline.__all__) == ["LLM", "SamplingParams", "__version__", "errors"]
+    names = ["LLM", "RequestSpeculation", "SamplingParams", "StructuredOutput", "__version__", "errors"]
+    assert sorted(paceline.__all__) == names
     assert all(getattr(paceline, name) is not None for name in paceline.__all__)

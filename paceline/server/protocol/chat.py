@@ -26,6 +26,7 @@ class FunctionCall(Body):
 
     name: str = Field(max_length=256)
     arguments: str
+    parsed_arguments: JsonValue = Field(None, description="Accepted and ignored: OpenAI's client sends both.")
 
 
 class ToolCallMessage(Body):
@@ -34,6 +35,7 @@ class ToolCallMessage(Body):
     id: str = Field(max_length=256)
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = Field(None, description="Accepted and ignored: a streamed call keeps it.")
 
 
 MAX_PARTS = 4096
@@ -51,6 +53,10 @@ class Message(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
+    parsed: JsonValue = Field(None, description="Accepted and ignored: OpenAI's client sends it beside the content.")
+    annotations: list[JsonValue] | None = Field(None, description="Accepted and ignored.")
+    audio: None = Field(None, description="Only null, as OpenAI's answers have it.")
+    function_call: None = Field(None, description="Only null, as OpenAI's answers have it.")
 
     def text(self) -> str:
         """The content as one text."""
@@ -129,6 +135,9 @@ class ChatRequest(SamplingBody):
     verbosity: str | None = Field(None, description="Accepted and ignored.")
     safety_identifier: str | None = Field(None, description="Accepted and ignored.")
     prompt_cache_key: str | None = Field(None, description="Accepted and ignored: equal prefixes are found anyway.")
+    prompt_cache_retention: str | None = Field(None, description="Accepted and ignored.")
+    prompt_cache_options: dict[str, JsonValue] | None = Field(None, description="Accepted and ignored.")
+    include_reasoning: Literal[True] | None = Field(None, description="Only true: reasoning is never left out.")
 
     @field_validator("chat_template_kwargs")
     @classmethod

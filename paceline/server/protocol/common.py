@@ -110,6 +110,9 @@ class SamplingBody(Body):
     min_tokens: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: Literal[True] | None = Field(None, description="Only true: text never has special tokens.")
+    spaces_between_special_tokens: bool | None = Field(None, description="Accepted and ignored: there are none.")
+    include_stop_str_in_output: Literal[False] | None = Field(None, description="Only false.")
     structured_outputs: StructuredOutputs | None = None
     response_format: ResponseFormat | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
