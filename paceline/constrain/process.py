@@ -51,7 +51,7 @@ class CompilerProcess:
             return
         self.close()
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "paceline.constrain.worker"]
+        command = [sys.executable, "-P", "-m", "paceline.constrain.worker"]  # -P: no module of the working directory
         process = subprocess.Popen(
             [*command, str(theirs.fileno()), str(self._seconds), str(self._memory)],
             pass_fds=[theirs.fileno()],

@@ -58,7 +58,7 @@ class Drafting:
                     [(name, found[i]) for name, found in proposals.items() if found],
                     plan.acceptance[item.request.salt],
                 ),
-                plan.budgets[i],
+                item.request,
             )
             for i, item in enumerate(batch.sampling)
         )
@@ -138,8 +138,9 @@ def _budget(request: Request, name: str, budget: int, limit: int | None) -> int:
     return budget if limit is None else min(budget, limit)
 
 
-def _cut(tree: DraftTree, budget: int) -> DraftTree:
-    """The best `budget` nodes of what several drafters proposed together; a sampled chain is within it already."""
-    if tree.sampled or len(tree) <= budget:
+def _cut(tree: DraftTree, request: Request) -> DraftTree:
+    """What the request's own cap leaves of several drafters' nodes: the best. A sampled chain is within it already."""
+    wish = request.params.speculation
+    if wish is None or wish.cap is None or tree.sampled or len(tree) <= wish.cap:
         return tree
-    return tree.keep(np.sort(np.argsort(-tree.survival, kind="stable")[:budget]))
+    return tree.keep(np.sort(np.argsort(-tree.survival, kind="stable")[: wish.cap]))

@@ -11,11 +11,10 @@ from starlette.responses import Response
 
 from paceline.config import SamplingParams, StructuredOutput
 from paceline.engine.request import FinishReason, Request
-from paceline.engine.rng import fresh_seed
 from paceline.engine.types import RequestOutput, TokenLogprobs
 from paceline.errors import RequestError
 from paceline.server.answering import FINGERPRINT, Answering, EventStream
-from paceline.server.params import sampling_params, structured_output
+from paceline.server.params import new_seed, sampling_params, structured_output
 from paceline.server.parsers import registry
 from paceline.server.parsers.base import (
     ContentDelta,
@@ -113,7 +112,7 @@ def chat_params(body: ChatRequest, tools: list[Tool], service: Service) -> tuple
         visible_tokens=service.markers if tools or service.reasoning_format else None,
         prediction=body.prediction.text() or None if body.prediction else None,
     )
-    return (params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())), field
+    return (params if params.seed is not None else dataclasses.replace(params, seed=new_seed())), field
 
 
 def _tools(body: ChatRequest) -> list[Tool]:

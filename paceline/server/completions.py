@@ -11,11 +11,10 @@ from starlette.responses import Response
 
 from paceline.config import SamplingParams
 from paceline.engine.request import Request
-from paceline.engine.rng import fresh_seed
 from paceline.engine.types import RequestOutput, TokenLogprobs
 from paceline.errors import RequestError
 from paceline.server.answering import FINGERPRINT, Answering, EventStream
-from paceline.server.params import sampling_params, structured_output
+from paceline.server.params import new_seed, sampling_params, structured_output
 from paceline.server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -96,7 +95,7 @@ def completion_params(body: CompletionRequest, service: Service) -> tuple[Sampli
         prompt_logprobs=body.logprobs if body.echo else None,
         prediction=body.prediction or None,
     )
-    return (params if params.seed is not None else dataclasses.replace(params, seed=fresh_seed())), field
+    return (params if params.seed is not None else dataclasses.replace(params, seed=new_seed())), field
 
 
 def _as_many(body: CompletionRequest) -> list[str | list[int]]:

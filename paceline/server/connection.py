@@ -93,6 +93,9 @@ class Connection(HttpToolsProtocol):
         """Answer what is no HTTP."""
         self._refuse(HTTPError(400, msg[:1].lower() + msg[1:], code="invalid_http"))
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Say nothing: the request is served as an ordinary one, and clients shall not fill the log."""
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)

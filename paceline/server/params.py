@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paceline.config import RequestSpeculation, SamplingParams, StructuredOutput
+from paceline.engine.rng import fresh_seed
 from paceline.errors import RequestError
 from paceline.server.protocol.common import ResponseFormat, SamplingBody, StructuredOutputs
 
@@ -106,3 +107,8 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
             raise RequestError("maps token ids, written as decimal numbers, to values.", field="logit_bias")
         found[int(key)] = bias
     return found
+
+
+def new_seed() -> int:
+    """A seed for a request without one. Answers report it, and JavaScript's numbers are exact up to 2^53 only."""
+    return fresh_seed() >> 10

@@ -95,7 +95,7 @@ def test_greedy_equals_transformers(architecture: str, speculation: str, chunk: 
             assert sum(g.stats.accepted_tokens for g in found) >= least, "hardly a draft was accepted"
         if "prediction" in speculation:
             # In one prompt's output the wrong word may cost more; every one must have profited.
-            assert all(g.stats.target_forwards < NEW - 8 for g in found)
+            assert all(g.stats.target_forwards < NEW - 6 for g in found)
 
 
 @architectures
