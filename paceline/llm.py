@@ -234,16 +234,18 @@ class LLM:
             self.engine.step()  # nothing runs any more: this only collects the news of the cancellations
 
     def _requests(self, prompt: Prompt, params: SamplingParams, salt: str) -> list[Request]:
-        return make_requests(self.tokenizer, prompt, params, salt, f"r{next(self._ids)}", self._constraint(params))
+        return make_requests(
+            self.tokenizer, prompt, params, salt, f"r{next(self._ids)}", self._constraint(params, salt)
+        )
 
-    def _constraint(self, params: object) -> Constraint | None:
+    def _constraint(self, params: object, salt: str) -> Constraint | None:
         """Of a prompt's samples; the first one starts the compiler's process."""
         structured = params.structured if isinstance(params, SamplingParams) else None
         if structured is None:
             return None
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.engine.vocab_size, self.engine.eos_token_ids)
-        return self._grammars.constraint(structured)
+        return self._grammars.constraint(structured, salt=salt)
 
 
 def make_requests(

@@ -82,19 +82,20 @@ class Grammars:
             with self._lock:
                 self._prepare().start()
 
-    def constraint(self, structured: StructuredOutput, field: str | None = None) -> Constraint:
+    def constraint(self, structured: StructuredOutput, field: str | None = None, salt: str = "") -> Constraint:
         """The constraint of one request, at the beginning of its text.
 
         Args:
             structured: what the text must look like.
             field: what errors call it; None takes `structured_outputs.<kind>`.
+            salt: compiled grammars are shared by callers of one salt only: time must not tell what others asked for.
 
         Raises:
             RequestError: it is invalid, allows nothing, or is too big, too slow or too hungry; or xgrammar is missing.
         """
         field = field or f"structured_outputs.{structured.kind}"
         try:
-            compiled = self._compiled(structured.kind, self._source(structured))
+            compiled = self._compiled((salt, structured.kind, self._source(structured)))
         except Problem as problem:
             raise RequestError(problem.message, field=field, fix=problem.fix) from None
         from xgrammar import GrammarMatcher
@@ -130,8 +131,8 @@ class Grammars:
             raise Problem(f"has {size} bytes, and may have {self._max_text}.", "Shorten it.")
         return json.dumps(value) if kind == "choice" else "".join(parts)
 
-    def _compiled(self, kind: str, text: str) -> CompiledGrammar:
-        found = self._cache.get((kind, text))
+    def _compiled(self, key: Key) -> CompiledGrammar:
+        found = self._cache.get(key)
         if found is None:
             if find_spec("xgrammar") is None:
                 raise Problem("needs xgrammar, which is not installed.", "Run: pip install 'paceline[serve]'")
@@ -141,14 +142,14 @@ class Grammars:
                 raise Problem("too many new grammars are waiting to be compiled.", "Try again later.")
             try:
                 with self._lock:
-                    found = self._cache.get((kind, text)) or self._compile(kind, text)
+                    found = self._cache.get(key) or self._compile(key)
             finally:
                 self._waiting.release()
         if isinstance(found, Problem):
             raise Problem(found.message, found.fix)
         return found
 
-    def _compile(self, kind: str, text: str) -> CompiledGrammar | Problem:
+    def _compile(self, key: Key) -> CompiledGrammar | Problem:
         """Compile and remember, refusals too: who sends a hopeless grammar again shall not occupy the process again."""
         from xgrammar import CompiledGrammar
 
@@ -157,7 +158,7 @@ class Grammars:
         process = self._prepare()
         found: CompiledGrammar | Problem
         try:
-            serialised = process.compile(kind, text)
+            serialised = process.compile(*key[1:])
             size = len(serialised)
             assert self._info is not None, "prepared above"
             found = CompiledGrammar.deserialize_json(serialised.decode(), self._info)
@@ -165,7 +166,7 @@ class Grammars:
             raise Problem(f"could not be compiled: {error}.", "Try again later.") from error
         except Problem as problem:
             found, size = problem, 0
-        self._cache.put((kind, text), found, size + len(text))
+        self._cache.put(key, found, size + len(key[2]))
         return found
 
     def _prepare(self) -> CompilerProcess:
@@ -191,7 +192,8 @@ class Grammars:
         return tuple(both[len(before) :]) if both[: len(before)] == before else ()
 
 
-Key = tuple[str, str]
+Key = tuple[str, str, str]
+"""Salt, kind and source."""
 
 
 class _Cache:

@@ -63,7 +63,7 @@ async def _start(service: Service, http: HTTPRequest, body: ChatRequest) -> Answ
     params, field = chat_params(body, tools, service)
     http.state.ticket.extend(params.n)
     prompt, opens_reasoning = await service.off_loop(_prompt, service, body, tools)
-    constraint = await service.constraint(params, field)
+    constraint = await service.constraint(params, field, salt)
     if params.logprobs is not None:
         await service.off_loop(service.tokens.load)
     requests = await service.off_loop(service.requests, prompt, params, salt, constraint)

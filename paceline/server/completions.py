@@ -49,7 +49,7 @@ async def _start(service: Service, http: HTTPRequest, body: CompletionRequest) -
     prompts = _as_many(body)
     http.state.ticket.extend(params.n * len(prompts))
     encoded = await service.off_loop(lambda: [_encode(service, body, prompt) for prompt in prompts])
-    constraint = await service.constraint(params, field)
+    constraint = await service.constraint(params, field, salt)
     if params.logprobs is not None:
         await service.off_loop(service.tokens.load)
     assert params.seed is not None

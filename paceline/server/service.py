@@ -164,7 +164,7 @@ class Service:
                 fix="Shorten it.",
             )
 
-    async def constraint(self, params: SamplingParams, field: str | None) -> Constraint | None:
+    async def constraint(self, params: SamplingParams, field: str | None, salt: str) -> Constraint | None:
         """The compiled grammar of `params.structured`.
 
         Raises:
@@ -174,7 +174,7 @@ class Service:
         if wanted is None:
             return None
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compiling, lambda: self.grammars.constraint(wanted, field))
+        return await loop.run_in_executor(self._compiling, lambda: self.grammars.constraint(wanted, field, salt))
 
     def requests(
         self, prompt: Prompt, params: SamplingParams, salt: str, constraint: Constraint | None
