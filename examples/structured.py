@@ -1,4 +1,4 @@
-"""Typed answers and tool calls through OpenAI's client. Run: paceline serve smollm2-135m, and: python examples/structured.py"""
+"""Typed answers and tool calls. Run: paceline serve smollm2-135m, then: python examples/structured.py"""
 
 import os
 from typing import Literal
@@ -14,23 +14,23 @@ MODEL = client.models.list().data[0].id
 
 
 class Review(BaseModel):
-    """What the answer must look like. Bounds on every text let a small model finish."""
+    """What the answer must look like."""
 
     mood: Literal["positive", "negative"]
+    about: Literal["food", "service", "price"]
     stars: int = Field(ge=1, le=5)
-    reason: str = Field(max_length=60)
 
 
 class Weather(BaseModel):
     """Look up the weather of a city."""
 
-    city: str = Field(max_length=30)
+    city: str = Field(max_length=30)  # a bound lets a small model finish
     unit: Literal["celsius", "fahrenheit"]
 
 
 review = client.chat.completions.parse(
     model=MODEL,
-    messages=[{"role": "user", "content": "Review: 'The food was cold and the waiter was rude.' Answer in JSON."}],
+    messages=[{"role": "user", "content": "Review: 'The food was cold.' Describe it in JSON."}],
     response_format=Review,
     temperature=0,
 )
@@ -49,4 +49,5 @@ called = client.chat.completions.parse(
 print(call.function.name, call.function.parsed_arguments)
 
 messages += [called.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "7 degrees, rain"}]
-print(client.chat.completions.create(model=MODEL, messages=messages, max_completion_tokens=32).choices[0].message.content)
+final = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_completion_tokens=32)
+print(final.choices[0].message.content)

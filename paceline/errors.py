@@ -12,6 +12,7 @@ PacelineError
 │       ├── UnsupportedModelError  an architecture, quantisation or adapter we cannot run
 │       └── CorruptFileError       a truncated, damaged or foreign file
 ├── DownloadError               the network or the index failed: exits with 1
+├── BusyError                   no room at the moment: try again
 ├── EngineDeadError             the engine stopped; restart it
 └── RuleViolation               a draft that makes a false claim about how it was made (a bug in a drafter)
 
@@ -82,6 +83,10 @@ class CorruptFileError(ModelError):
 
 class DownloadError(PacelineError):
     """The package index or the hub could not be reached or answered with an error."""
+
+
+class BusyError(PacelineError):
+    """There is no room for this request at the moment; the same request may succeed later."""
 
 
 class EngineDeadError(PacelineError):

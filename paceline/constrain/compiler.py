@@ -15,7 +15,7 @@ from paceline.constrain.matcher import GrammarConstraint
 from paceline.constrain.process import CompilerProcess
 from paceline.constrain.schema import Problem
 from paceline.engine.constraint import Constraint
-from paceline.errors import RequestError
+from paceline.errors import BusyError, RequestError
 
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar, TokenizerInfo
@@ -69,6 +69,7 @@ class Grammars:
         self._waiting = threading.BoundedSemaphore(max_waiting)
         self._lock = threading.Lock()
         self._info: TokenizerInfo | None = None
+        self._silent: frozenset[int] = frozenset()
         self._process: CompilerProcess | None = None
         self._closed = False
         self._encode = lru_cache(4096)(self._tokens_of)
@@ -92,6 +93,7 @@ class Grammars:
 
         Raises:
             RequestError: it is invalid, allows nothing, or is too big, too slow or too hungry; or xgrammar is missing.
+            BusyError: too many wait, or the compiler's process does not start.
         """
         field = field or f"structured_outputs.{structured.kind}"
         try:
@@ -105,6 +107,7 @@ class Grammars:
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos,
             encode=self._encode,
+            silent=self._silent,
             field=field,
             max_seconds=self._max_token_seconds,
         )
@@ -139,7 +142,7 @@ class Grammars:
             if not self._eos:
                 raise Problem("needs an end token, and this model has none.")
             if not self._waiting.acquire(blocking=False):
-                raise Problem("too many new grammars are waiting to be compiled.", "Try again later.")
+                raise BusyError("too many new grammars are waiting to be compiled.", fix="Try again later.")
             try:
                 with self._lock:
                     found = self._cache.get(key) or self._compile(key)
@@ -163,7 +166,7 @@ class Grammars:
             assert self._info is not None, "prepared above"
             found = CompiledGrammar.deserialize_json(serialised.decode(), self._info)
         except OSError as error:
-            raise Problem(f"could not be compiled: {error}.", "Try again later.") from error
+            raise BusyError(f"grammars cannot be compiled: {error}.", fix="Try again later.") from error
         except Problem as problem:
             found, size = problem, 0
         self._cache.put(key, found, size + len(key[2]))
@@ -177,6 +180,7 @@ class Grammars:
             self._info = TokenizerInfo.from_huggingface(
                 self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=list(self._eos)
             )
+            self._silent = frozenset(self._info.special_token_ids) - frozenset(self._eos)
             self._process = CompilerProcess(
                 self._info.serialize_json().encode(), seconds=self._time_limit, memory=self._memory_limit
             )

@@ -35,6 +35,7 @@ class GrammarConstraint:
         vocab_size: tokens the target can emit.
         eos_token_ids: the tokens that may end the text.
         encode: text to token ids, as they stand in the middle of a text.
+        silent: tokens that stand for no text, which no grammar allows; the matcher prints a warning about each.
         field: the request field that errors name.
         max_seconds: most CPU time of one call of the matcher; a grammar that takes longer fails its request.
     """
@@ -46,6 +47,7 @@ class GrammarConstraint:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         encode: Encode,
+        silent: frozenset[int],
         field: str,
         max_seconds: float = 0.5,
     ) -> None:
@@ -53,6 +55,7 @@ class GrammarConstraint:
         self._vocab_size = vocab_size
         self._eos = np.asarray(eos_token_ids, dtype=np.int64)
         self._encode = encode
+        self._silent = silent
         self._field = field
         self._max_seconds = max_seconds
         self._here: list[int] = []  # the path the matcher stands on
@@ -136,6 +139,7 @@ class GrammarConstraint:
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos.tolist(),
             encode=self._encode,
+            silent=self._silent,
             field=self._field,
             max_seconds=self._max_seconds,
         )
@@ -160,7 +164,7 @@ class GrammarConstraint:
             self._matcher.rollback(len(self._here) - common)
             del self._here[common:]
         for token in path[common:]:
-            if self._matcher.is_terminated() or not self._matcher.accept_token(token):
+            if token in self._silent or self._matcher.is_terminated() or not self._matcher.accept_token(token):
                 return False
             self._here.append(token)
         self._check(started)

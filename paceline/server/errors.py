@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json, to_json
 from starlette.responses import Response
 
-from paceline.errors import EngineDeadError, PacelineError, PromptTooLongError, RequestError
+from paceline.errors import BusyError, EngineDeadError, PacelineError, PromptTooLongError, RequestError
 from paceline.server.refusals import REASONS
 
 RETRY_AFTER_SECONDS = 1
@@ -53,6 +53,8 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
         status, code = 400, "invalid_value"
     elif isinstance(error, EngineDeadError):
         status, code = 503, "engine_dead"
+    elif isinstance(error, BusyError):
+        status, code = 503, "busy"
     else:
         return 500, _shape(500, "the server failed to answer; its log says why.", None, "internal_error")
     assert isinstance(error, PacelineError)

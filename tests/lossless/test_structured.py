@@ -93,6 +93,7 @@ def constraint_after(grammar: str, context: Sequence[int]) -> GrammarConstraint 
         vocab_size=len(WORDS),
         eos_token_ids=[END],
         encode=lambda text: [WORDS.index(c) for c in text],
+        silent=frozenset(),
         field="test",
     )
     for token in context:

@@ -54,6 +54,7 @@ def constraint_on(grammar: str = PERSON, **options: Any) -> GrammarConstraint:
         vocab_size=BYTE_VOCAB,
         eos_token_ids=[EOS],
         encode=ids,
+        silent=frozenset(),
         field="structured_outputs.grammar",
         **options,
     )

@@ -22,7 +22,7 @@ from paceline.constrain.ebnf import endless_rules, read_rules, uses
 from paceline.constrain.process import CompilerProcess
 from paceline.constrain.schema import Problem, check_schema, check_structural_tag
 from paceline.engine.constraint import Constraint
-from paceline.errors import RequestError
+from paceline.errors import BusyError, RequestError
 
 pytest.importorskip("xgrammar")
 EOS = 2
@@ -297,7 +297,7 @@ def test_a_process_that_died_idle_is_replaced(process: CompilerProcess) -> None:
 def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     grammars = make()
-    with pytest.raises(RequestError, match=r"does not start|could not be compiled"):
+    with pytest.raises(BusyError, match="does not start"):
         grammars.constraint(structured("regex", "[ab]"))
     grammars.close()
 
@@ -347,14 +347,22 @@ def test_grammars_and_refusals_are_remembered_and_the_oldest_forgotten() -> None
     assert grammars.constraint(structured("regex", "c")) is not None, "what is remembered needs no process"
 
 
+def test_callers_of_different_salts_share_no_grammar() -> None:
+    grammars, counted = _counted()
+    for salt in ("", "a", "b", "a", ""):
+        grammars.constraint(structured("regex", "x"), salt=salt)
+    assert counted.sources == ["x"] * 3
+    grammars.close()
+
+
 def test_the_cache_is_bounded_in_bytes() -> None:
     cache = compiler_module._Cache(entries=100, size=10)
     for name in "abc":
-        cache.put(("regex", name), Problem(name), 4)
-    assert [cache.get(("regex", name)) is None for name in "abc"] == [True, False, False]
-    cache.put(("regex", "d"), Problem("d"), 40)
-    assert cache.get(("regex", "d")) is not None, "the newest stays, however big"
-    assert cache.get(("regex", "c")) is None
+        cache.put(("", "regex", name), Problem(name), 4)
+    assert [cache.get(("", "regex", name)) is None for name in "abc"] == [True, False, False]
+    cache.put(("", "regex", "d"), Problem("d"), 40)
+    assert cache.get(("", "regex", "d")) is not None, "the newest stays, however big"
+    assert cache.get(("", "regex", "c")) is None
 
 
 def test_requests_wait_in_a_bounded_queue() -> None:
@@ -365,7 +373,7 @@ def test_requests_wait_in_a_bounded_queue() -> None:
         thread.start()
     while grammars._waiting._value:  # type: ignore[attr-defined]
         time.sleep(0.01)
-    with pytest.raises(RequestError, match="too many"):
+    with pytest.raises(BusyError, match="too many"):
         grammars.constraint(structured("regex", "b"))
     counted.gate.set()
     for thread in threads:

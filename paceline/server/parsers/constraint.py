@@ -112,5 +112,6 @@ def _tag(shape: _Shape, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
         "type": "json_schema",
         "json_schema": dict(schema) if typed else {"type": "object", **schema},
         "style": shape.style,
+        "max_whitespace_cnt": 1,  # a weak model can write blanks for ever
     }
     return {"type": "tag", "begin": begin, "content": content, "end": shape.end}

@@ -43,12 +43,27 @@ _TOOL_FORMATS: dict[str, Callable[[Schemas], ToolGrammar]] = {
 }
 _REASONING_FORMATS: dict[str, ReasoningFormat] = {"think": THINK, "granite": GRANITE, "mistral": MISTRAL}
 
-MARKERS = tuple(
-    """
-    <tool_call> </tool_call> <function= <think> </think> [TOOL_CALLS] [CALL_ID] [ARGS] [THINK] [/THINK]
-    <|tool_call|> <|/tool_call|> <|python_tag|> <|python_start|> <|python_end|>
-    <｜tool▁calls▁begin｜> <｜tool▁calls▁end｜> <｜tool▁call▁begin｜> <｜tool▁call▁end｜> <｜tool▁sep｜>
-    """.split()
+MARKERS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<function=",
+    "<think>",
+    "</think>",
+    "[TOOL_CALLS]",
+    "[CALL_ID]",
+    "[ARGS]",
+    "[THINK]",
+    "[/THINK]",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "<|python_tag|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
 )
 """Texts that the parsers look for. Some tokenizers have them as special tokens, which must then stay in the text."""
 
