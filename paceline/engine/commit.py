@@ -13,6 +13,7 @@ from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import FinishReason, Request, RequestStats
 from paceline.engine.sampling import token_logprobs
 from paceline.engine.types import InFlight, RequestOutput, ScheduledRequest, TargetScores, TokenLogprobs, Walk
+from paceline.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +71,18 @@ class Committer:
                     outputs.append(self._commit_one(request, tree, walk, row, step.scores, moves, now))
             except Exception as error:
                 logger.exception("request %s failed in commit", request.id)
-                outputs.append(self.fail(request, str(error)))
+                outputs.append(self.fail(request, error))
         if moves[0]:
             self._kv.move(*moves)
         for item in step.batch.sampling:
             self._publish(item.request)
         return tuple(outputs)
 
-    def fail(self, request: Request, message: str) -> RequestOutput:
+    def fail(self, request: Request, error: Exception) -> RequestOutput:
         """End one request with an error."""
         request.finish_reason = FinishReason.ERROR
-        return RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=message)
+        field = error.field if isinstance(error, RequestError) else None
+        return RequestOutput(request.id, finish_reason=FinishReason.ERROR, error=str(error), error_field=field)
 
     def forget(self, request: Request) -> None:
         """Drop the state of a finished request."""

@@ -209,7 +209,7 @@ class Engine:
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> StepOutput:
         requests = [item.request for item in batch.items if item.request.id in self._requests]
-        outputs = tuple(self.stages.committer.fail(request, str(error)) for request in requests)
+        outputs = tuple(self.stages.committer.fail(request, error) for request in requests)
         for request in requests:
             self._forget(request)
         return StepOutput(outputs)

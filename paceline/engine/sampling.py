@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from paceline.arrays import BoolArray
 from paceline.config import SamplingParams
 from paceline.engine.rng import uniforms
-from paceline.errors import RequestError
+from paceline.errors import PacelineError, RequestError
 
 _TOP_K_BLOCK = 64
 _MIN_TEMPERATURE = 1e-30
@@ -90,13 +90,14 @@ def build_law(
         allowed: the tokens a grammar allows here; None allows all.  # [vocab]
 
     Raises:
-        RequestError: the logits hold no finite value, or none of an allowed token.
+        PacelineError: the logits hold no finite value.
+        RequestError: they hold none of a token that the grammar allows.
     """
     if params.edits_logits or allowed is not None:
         row = edit_logits(row, params, prompt, output, stop_ids, allowed)
     peak = float(row.max())
     if not np.isfinite(peak):
-        raise RequestError("the model returned logits without a finite maximum.", field="logits")
+        raise PacelineError("the model returned logits without a finite maximum.")
     if params.greedy:
         return Law.point(int(row.argmax()))
     law = Law(row if params.temperature == 1.0 else row / np.float32(max(params.temperature, _MIN_TEMPERATURE)))

@@ -184,7 +184,7 @@ class Acceptance:
     """One walk per sampling request; None where that request failed (`errors` says why)."""
 
     walks: tuple[Walk | None, ...]
-    errors: Mapping[str, str] = field(default_factory=dict)
+    errors: Mapping[str, Exception] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +228,8 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
+    error_field: str | None = None
+    """The request's field that is to blame; None where it is not the request's fault."""
 
     @property
     def text(self) -> str:

@@ -104,7 +104,7 @@ class Answering:
         """Read the stream to its end.
 
         Raises:
-            HTTPError: 500 or 503, a sample ended with an error.
+            HTTPError: 400 or 500, a sample ended with an error.
             EngineDeadError: the engine stopped.
         """
         try:
@@ -160,9 +160,12 @@ def check_news(news: RequestOutput) -> None:
     """Turn a sample that did not end by itself into an error.
 
     Raises:
-        HTTPError: 500, the sample failed.
+        HTTPError: 400 or 500, the sample failed by the request's fault or ours.
         EngineDeadError: it was cancelled from inside.
     """
+    if news.finish_reason is FinishReason.ERROR and news.error_field is not None:
+        message = (news.error or "").removeprefix(f"{news.error_field}: ")
+        raise HTTPError(400, message, field=news.error_field, code="invalid_value")
     if news.finish_reason is FinishReason.ERROR:
         raise HTTPError(500, news.error or "the request failed.", code="generation_failed")
     if news.finish_reason is FinishReason.ABORT:

@@ -61,8 +61,9 @@ def setup_logging(level: str, fmt: str) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-        # Our own lines say more of starting, stopping and each request; uvicorn's would hold query strings.
-        logger.setLevel(max(number, logging.WARNING))
+        # Our own lines say more of starting, stopping and each request, and clients could fill the log with uvicorn's
+        # warnings of broken HTTP.
+        logger.setLevel(max(number, logging.ERROR))
     logging.captureWarnings(True)
 
 

@@ -56,6 +56,9 @@ class Gate:
         self._admission = admission
         self._on_http = on_http
         self._on_rejected = on_rejected
+        self._held = 0
+        """Bytes of bodies that are being read or worked on."""
+        self._most_held = max(16 * config.max_body_bytes, 64 << 20)
         self._keys = [key.encode() for key in config.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,6 +80,7 @@ class Gate:
             logger.exception("a request failed", extra={"request_id": exchange.request_id})
             await exchange.fail(error)
         finally:
+            self._held -= exchange.body_bytes
             seconds = time.perf_counter() - started
             self._on_http(scope["path"], exchange.status, seconds)
             _log(exchange, seconds)
@@ -88,7 +92,7 @@ class Gate:
         counted = scope["path"] in COUNTED_PATHS and scope["method"] == "POST"
         if counted:
             self._admission.check()
-        body = await self._read(scope, receive)
+        body = await self._read(exchange, receive)
         state = scope.setdefault("state", {})
         state["request_id"] = exchange.request_id
         if not counted:
@@ -111,19 +115,18 @@ class Gate:
                 401, "the API key is missing or wrong.", fix="Send Authorization: Bearer KEY.", code="invalid_api_key"
             )
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, exchange: _Exchange, receive: Receive) -> bytes:
         """The body.
 
         Raises:
-            HTTPError: 413, 408.
+            HTTPError: 413; 408; 503, the bodies of all requests together are too large.
         """
         limit = self._config.max_body_bytes
         too_large = HTTPError(413, f"the body is larger than {limit} bytes.", code="body_too_large")
-        declared = header(scope, b"content-length")
+        declared = header(exchange.scope, b"content-length")
         if declared.isdigit() and len(declared) < 20 and int(declared) > limit:
             raise too_large
         chunks: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(self._config.read_timeout):
                 while True:
@@ -131,13 +134,19 @@ class Gate:
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
+                    self._hold(exchange, len(chunks[-1]))
+                    if exchange.body_bytes > limit:
                         raise too_large
                     if not message.get("more_body", False):
                         return b"".join(chunks)
         except TimeoutError as error:
             raise HTTPError(408, "the body did not arrive in time.", code="request_timeout") from error
+
+    def _hold(self, exchange: _Exchange, size: int) -> None:
+        exchange.body_bytes += size
+        self._held += size
+        if self._held > self._most_held:
+            raise HTTPError(503, "too many large bodies are in work.", fix="Try again in a moment.", code="queue_full")
 
     async def _run(self, exchange: _Exchange, body: bytes, receive: Receive) -> None:
         """Run the application, and cancel it when the client goes away."""
@@ -164,6 +173,7 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send, write_timeout: float) -> None:
         self.scope = scope
         self.status = 0
+        self.body_bytes = 0
         given = header(scope, b"x-request-id")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         self._send = send

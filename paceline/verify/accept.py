@@ -37,13 +37,13 @@ def accept(
         stop_ids: the model's end tokens, which `min_tokens` masks.
     """
     walks: list[Walk | None] = []
-    errors: dict[str, str] = {}
+    errors: dict[str, Exception] = {}
     for item, tree, row in zip(batch.sampling, drafts.trees, scores.first_row, strict=True):
         try:
             walks.append(_accept_one(rule, item.request, tree, scores, row, stop_ids))
         except Exception as error:
             logger.exception("request %s failed in acceptance", item.request.id)
-            errors[item.request.id] = str(error)
+            errors[item.request.id] = error
             walks.append(None)
     return Acceptance(tuple(walks), errors)
 

@@ -147,14 +147,14 @@ def test_levels_and_uvicorn(stderr: io.StringIO) -> None:
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(io.StringIO()))
     setup_logging("info", "json")
     setup_logging("info", "json")  # a second time: still one line per event
-    logging.getLogger("uvicorn.error").info("Started")
-    logging.getLogger("uvicorn.error").warning("odd", extra={"color_message": "\x1b[1modd"})
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    logging.getLogger("uvicorn.error").error("odd", extra={"color_message": "\x1b[1modd"})
     logging.getLogger("uvicorn.access").info("GET /?api_key=secret")
     logging.getLogger("paceline").debug("too fine")
     logging.getLogger("httpx").info("foreign")
     assert one_object(stderr) | {"time": ""} == {
         "time": "",
-        "level": "warning",
+        "level": "error",
         "logger": "uvicorn.error",
         "message": "odd",
     }

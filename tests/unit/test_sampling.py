@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from paceline.config import SamplingParams
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law, build_law, edit_logits, token_logprobs, top_ids
-from paceline.errors import RequestError
+from paceline.errors import PacelineError
 
 PROMPT = [1, 4, 4, 7]
 OUTPUT = [4, 9, 9, 2]
@@ -200,14 +200,14 @@ def test_rows_without_a_finite_peak_are_refused(bad: float, mix: str) -> None:
     row = np.array([0.0, 1.0, bad, *[0.5] * 9], dtype=np.float32)
     for temperature in (0.0, 1.0):
         params = SamplingParams(**{**OPTION_MIXES[mix], "temperature": temperature})
-        with pytest.raises(RequestError, match="finite"):
+        with pytest.raises(PacelineError, match="finite"):
             build_law(row, params, PROMPT, OUTPUT, STOP_IDS)
 
 
 def test_a_row_without_any_token_is_refused() -> None:
-    with pytest.raises(RequestError, match="finite"):
+    with pytest.raises(PacelineError, match="finite"):
         build_law(np.full(4, -np.inf, dtype=np.float32), SamplingParams(), [], [])
-    with pytest.raises(RequestError, match="finite"):
+    with pytest.raises(PacelineError, match="finite"):
         build_law(np.zeros(2, dtype=np.float32), SamplingParams(min_tokens=1), [], [], (0, 1))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator
 
 from paceline.server.protocol.common import MAX_INT, Answer, Body, RequestMetrics, SamplingBody, Usage, left_out
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_TOP_LOGPROBS = 20
+MAX_VARIABLES = 64
 
 
 class TextPart(Body):
@@ -107,6 +108,13 @@ class Prediction(Body):
         return "".join(part.text or "" for part in self.content)
 
 
+def _few(value: object) -> object:
+    """Refuse many entries before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_VARIABLES:
+        raise ValueError(f"may have {MAX_VARIABLES} entries")
+    return value
+
+
 class ChatRequest(SamplingBody):
     """Body of `POST /v1/chat/completions`."""
 
@@ -121,13 +129,15 @@ class ChatRequest(SamplingBody):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str] | None = Field(
+    chat_template_kwargs: Annotated[dict[str, bool | int | float | str] | None, BeforeValidator(_few)] = Field(
         None, description="Variables for the model's chat template, such as enable_thinking."
     )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    modalities: list[Literal["text"]] | None = Field(None, description="Only text.")
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = Field(
+        None, description="Only text."
+    )
     metadata: dict[str, JsonValue] | None = Field(None, description="Accepted and ignored.")
     store: bool | None = Field(None, description="Accepted and ignored: nothing is stored.")
     service_tier: str | None = Field(None, description="Accepted and ignored.")
