@@ -33,8 +33,9 @@ QUESTIONS = Path(__file__).parent.parent / "paceline" / "bench" / "questions.jso
 _OFFLINE = """
 import json, sys
 from paceline import LLM, SamplingParams
-model, dtype, speculation = sys.argv[1:]
-llm = LLM(model, dtype=dtype, speculation=speculation, enable_prefix_caching=False)
+model, dtype, speculation, threads = sys.argv[1:]
+threads = int(threads) or None
+llm = LLM(model, dtype=dtype, speculation=speculation, enable_prefix_caching=False, num_threads=threads)
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--num-threads", type=int, default=0, help="of both (default: each its own default)")
     parser.add_argument("--port", type=int, default=8411)
     parser.add_argument("--other", metavar="URL", help="base address of another OpenAI server of the same model")
     parser.add_argument("--other-name", default="other")
@@ -89,7 +91,7 @@ def main() -> None:
 
 def start_offline(args: argparse.Namespace) -> subprocess.Popen[str]:
     """A process that answers batches given on its stdin."""
-    command = [sys.executable, "-c", _OFFLINE, args.model, args.dtype, args.speculation]
+    command = [sys.executable, "-c", _OFFLINE, args.model, args.dtype, args.speculation, str(args.num_threads)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "ready", "the offline engine did not start"
     return process
@@ -98,6 +100,8 @@ def start_offline(args: argparse.Namespace) -> subprocess.Popen[str]:
 def start_server(args: argparse.Namespace) -> subprocess.Popen[bytes]:
     """`paceline serve`, ready."""
     command = [sys.executable, "-m", "paceline", "serve", args.model, "--port", str(args.port), "--dtype", args.dtype]
+    if args.num_threads:
+        command += ["--num-threads", str(args.num_threads)]
     command += ["--speculation", args.speculation, "--log-level", "warning", "--no-enable-prefix-caching"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_API")}
     process = subprocess.Popen(command, env=environment)

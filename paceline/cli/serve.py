@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING, Any
 from paceline.cli import options
 from paceline.config import EngineConfig
 from paceline.errors import ConfigError
+from paceline.server.parsers.registry import reasoning_parser_names, tool_parser_names
 
 if TYPE_CHECKING:
     from paceline.server.config import ServerConfig
-
-_SPINS = "2000"
-"""A few microseconds."""
 
 EPILOG = """\
 examples:
@@ -47,6 +45,20 @@ def _size(text: str) -> int:
     number, unit = int(found[1]), (found[2] or "").lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
     return int(number * base ** " kmg".index(unit[:1] or " "))
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
 
 
 def _truth(text: str) -> bool:
@@ -74,21 +86,26 @@ class Option:
 
 SERVER = (
     Option("host", str, "ADDRESS", "address to listen on; 0.0.0.0 for every interface"),
-    Option("port", int, "N", "port to listen on; 0 takes a free one"),
+    Option("port", _whole, "N", "port to listen on; 0 takes a free one"),
     Option(
         "api_key", _names, "KEY", "key that clients must send (several: separated by commas); better in the environment"
     ),
     Option("served_model_name", _names, "NAME", "name that requests use (several: separated by commas)"),
-    Option("max_queued_requests", int, "N", "most samples that wait; more are answered with 503"),
+    Option("max_queued_requests", _whole, "N", "most samples that wait; more are answered with 503"),
     Option("tenant_header", str, "HEADER", "request header that names the tenant; tenants share no cached state"),
-    Option("tool_call_parser", str, "NAME", "format of tool calls, auto (from the chat template) or none"),
-    Option("reasoning_parser", str, "NAME", "format of reasoning, auto or none"),
+    Option(
+        "tool_call_parser",
+        str,
+        "NAME",
+        f"format of tool calls: auto (from the chat template), none, {', '.join(tool_parser_names())}",
+    ),
+    Option("reasoning_parser", str, "NAME", f"format of reasoning: auto, none, {', '.join(reasoning_parser_names())}"),
     Option("per_request_spec_decode_metrics", str, "WHAT", "summary: report speculation statistics with every answer"),
-    Option("max_n", int, "N", "most samples of one prompt"),
+    Option("max_n", _whole, "N", "most samples of one prompt"),
     Option("max_body_bytes", _size, "SIZE", "largest request body"),
-    Option("read_timeout", float, "SECONDS", "time a client may take to send its body"),
-    Option("write_timeout", float, "SECONDS", "time a client may leave its answer unread"),
-    Option("grammar_timeout", float, "SECONDS", "time that compiling a schema, regex or grammar may take"),
+    Option("read_timeout", _seconds, "SECONDS", "time a client may take to send its body"),
+    Option("write_timeout", _seconds, "SECONDS", "time a client may leave its answer unread"),
+    Option("grammar_timeout", _seconds, "SECONDS", "time that compiling a schema, regex or grammar may take"),
     Option("max_grammar_bytes", _size, "SIZE", "longest schema, regex or grammar"),
     Option("log_level", str, "LEVEL", "debug, info, warning or error"),
     Option("log_format", str, "FORMAT", "text or json"),
@@ -96,11 +113,11 @@ SERVER = (
 ENGINE = (
     Option("dtype", str, "TYPE", "auto, float32 or bfloat16"),
     Option("device", str, "D", "auto, cpu, cuda or cuda:N"),
-    Option("max_model_len", int, "N", "longest prompt + output"),
-    Option("max_num_seqs", int, "N", "most samples that run in one step"),
-    Option("max_num_batched_tokens", int, "N", "most committed tokens in one step"),
+    Option("max_model_len", _whole, "N", "longest prompt + output"),
+    Option("max_num_seqs", _whole, "N", "most samples that run in one step"),
+    Option("max_num_batched_tokens", _whole, "N", "most committed tokens in one step"),
     Option("kv_cache_memory", _size, "SIZE", "memory of the KV cache, such as 2GiB"),
-    Option("num_threads", int, "N", "CPU threads of the network"),
+    Option("num_threads", _whole, "N", "CPU threads of the network (default: all cores but one)"),
     Option("rule", str, "NAME", "acceptance rule: coupled or rejection"),
     Option("tree", str, "NAME", "draft tree: auto, chain or static"),
     Option("speculation", str, "SPEC", "none, auto or drafter[:key=value,...][+drafter...][@policy]"),
@@ -166,10 +183,9 @@ def run(args: argparse.Namespace) -> int:
     model = settings.pop("model", None)
     if not model:
         raise ConfigError("is missing.", field="MODEL", fix="Write paceline serve MODEL, or set PACELINE_MODEL.")
-    _spin_little(os.environ)
     try:
         from paceline.server.logs import setup_logging
-        from paceline.server.run import serve
+        from paceline.server.run import bind, serve
         from paceline.server.service import Service
     except ImportError as error:
         raise ConfigError(
@@ -178,20 +194,21 @@ def run(args: argparse.Namespace) -> int:
         ) from error
     server, engine = split(settings)
     setup_logging(server.log_level, server.log_format)
+    engine.setdefault("num_threads", _threads())
     console = options.stderr_console()
-    with options.open_llm(model, engine, console) as llm, options.status(console, "starting the server"):
-        service = Service(llm.loaded, llm.engine, server)
-    return serve(service, server)
+    with bind(server) as listener:
+        with options.open_llm(model, engine, console) as llm, options.status(console, "starting the server"):
+            service = Service(llm.loaded, llm.engine, server)
+        return serve(service, server, listener)
 
 
-def _spin_little(environment: MutableMapping[str, str]) -> None:
-    """Let OpenMP's threads sleep soon at a barrier; to be called before PyTorch is imported.
+def _threads() -> int:
+    """CPU threads of the network by default: one core stays for the event loop.
 
-    By default they spin for long. A thread that waits for one whose core the event loop or a client has taken then
-    burns what that one needs, and a step takes up to twenty times as long.
+    PyTorch's threads wait for one another hundreds of times a step; on a core that they share with anything else, each
+    wait can cost a time slice.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(environment):
-        environment["GOMP_SPINCOUNT"] = _SPINS
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def gather(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -95,15 +95,34 @@ class Grammars:
             RequestError: it is invalid, allows nothing, or is too big, too slow or too hungry; or xgrammar is missing.
             BusyError: too many wait, or the compiler's process does not start.
         """
+        found = self._constraint(structured, field, salt, self._compiled)
+        assert found is not None, "compiled or refused"
+        return found
+
+    def known(self, structured: StructuredOutput, field: str | None = None, salt: str = "") -> Constraint | None:
+        """The same if it has been compiled already; returns at once.
+
+        Raises:
+            RequestError: it has been refused already, or is too big.
+        """
+        return self._constraint(structured, field, salt, self._cache.get)
+
+    def _constraint(
+        self, structured: StructuredOutput, field: str | None, salt: str, find: Callable[[Key], Any]
+    ) -> Constraint | None:
         field = field or f"structured_outputs.{structured.kind}"
         try:
-            compiled = self._compiled((salt, structured.kind, self._source(structured)))
+            found = find((salt, structured.kind, self._source(structured)))
+            if isinstance(found, Problem):
+                raise found
         except Problem as problem:
             raise RequestError(problem.message, field=field, fix=problem.fix) from None
+        if found is None:
+            return None
         from xgrammar import GrammarMatcher
 
         return GrammarConstraint(
-            GrammarMatcher(compiled),
+            GrammarMatcher(found),
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos,
             encode=self._encode,
@@ -113,11 +132,10 @@ class Grammars:
         )
 
     def close(self) -> None:
-        """End the compiler's process. Constraints that were handed out stay valid."""
-        with self._lock:
-            self._closed = True
-            if self._process is not None:
-                self._process.close()
+        """End the compiler's process, also in the middle of its work. Constraints that were handed out stay valid."""
+        self._closed = True
+        if self._process is not None:
+            self._process.close(forever=True)
 
     def _source(self, structured: StructuredOutput) -> str:
         """The text to compile, within its limits."""
@@ -157,7 +175,7 @@ class Grammars:
         from xgrammar import CompiledGrammar
 
         if self._closed:
-            raise Problem("the engine is closing.")
+            raise BusyError("the engine is closing.")
         process = self._prepare()
         found: CompiledGrammar | Problem
         try:

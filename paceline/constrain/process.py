@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,9 +45,12 @@ class CompilerProcess:
         self._memory = memory
         self._child: _Child | None = None
         self._ready = False
+        self._closed = False
 
     def start(self) -> None:
         """Start the process, if none runs; returns before it is ready."""
+        if self._closed:
+            raise OSError("the process that compiles grammars has been closed")
         if self._child is not None and self._child.process.poll() is None:
             return
         self.close()
@@ -88,10 +92,15 @@ class CompilerProcess:
         message, fix = json.loads(answer[1:])
         raise Problem(message, fix)
 
-    def close(self) -> None:
-        """End the process."""
-        if self._child is not None:
-            _end(self._child)
+    def close(self, *, forever: bool = False) -> None:
+        """End the process; `forever`, from any thread, also while it compiles."""
+        self._closed = self._closed or forever
+        child = self._child
+        if child is not None and forever:  # whoever waits for its answer still has the link, and reads its end
+            child.process.kill()
+            child.process.wait()
+        elif child is not None:
+            _end(child)
             self._child = None
 
     def _wait_until_ready(self) -> None:
@@ -109,17 +118,15 @@ class CompilerProcess:
     def _gave_up(self, *, timed_out: bool) -> Problem:
         """Why there is no answer. The next process is started at once, so that it is ready sooner."""
         assert self._child is not None, "start made one"
+        if self._closed:
+            raise OSError("the process that compiles grammars has been closed")
         if not timed_out:
-            timed_out = self._child.process.wait() == -_ALARM
+            timed_out = self._child.process.wait() == -signal.SIGALRM
         self.close()
         self.start()
         if timed_out:
             return Problem(f"took more than {self._seconds:g} s to compile.", "Simplify it.")
         return Problem(f"needs more than {self._memory >> 20} MiB to compile, or crashes the compiler.", "Simplify it.")
-
-
-_ALARM = 14
-"""SIGALRM, with which the child ends itself at the limit, should the engine not be there to do it."""
 
 
 def _end(child: _Child) -> None:

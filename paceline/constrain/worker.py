@@ -165,7 +165,7 @@ def _probe(compiled: Any, info: Any) -> None:
         bits[ends] = 0
         tokens = np.flatnonzero(bits)
         if step == 0 and not len(tokens):
-            raise Problem("allows no text at all.", "Check that its parts do not contradict one another.")
+            raise Problem("allows no text, or only the empty one.", "Check its parts against one another.")
         if len(tokens):
             matcher.accept_token(int(chance.choice(tokens)))
         else:
@@ -173,7 +173,7 @@ def _probe(compiled: Any, info: Any) -> None:
         now = time.thread_time()
         if now - before > _PROBE_MASK_SECONDS or now - started > _PROBE_SECONDS:
             raise Problem(
-                f"is too slow to follow: {now - before:.1f} s for a token.",
+                f"is too slow to follow: {now - started:.1f} s for {step + 1} token(s).",
                 "Make it less ambiguous, or shorten its repetitions.",
             )
 

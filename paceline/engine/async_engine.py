@@ -98,9 +98,13 @@ class AsyncEngine:
         """Cancel a request from any thread; unknown ids are ignored."""
         self._inbox.put(lambda: self.engine.abort(request_id))
 
+    def stop(self) -> None:
+        """Cancel what runs; the thread ends after the step that it is in."""
+        self._stopping.set()
+
     def shutdown(self, timeout: float = 10.0) -> None:
         """Cancel what runs and end the thread."""
-        self._stopping.set()
+        self.stop()
         self._thread.join(timeout)
 
     def _run(self) -> None:

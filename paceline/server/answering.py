@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pydantic import BaseModel
 from pydantic_core import to_json
-from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -100,6 +100,21 @@ class Answering:
             "accepted_tokens": sum(s.accepted_tokens for s in stats),
         }
 
+    async def respond(self, chunk_name: str, whole: Callable[[], BaseModel]) -> Response:
+        """The response, streamed or whole as the body asks.
+
+        Args:
+            chunk_name: `object` of the chunks.
+            whole: makes the body of a whole answer once everything has been collected.
+
+        Raises:
+            HTTPError, EngineDeadError: see `collect`; a stream reports errors in itself.
+        """
+        if self.body.stream:
+            return EventStream(self.events(chunk_name))
+        await self.collect()
+        return Response(whole().model_dump_json(), media_type="application/json")
+
     async def collect(self) -> None:
         """Read the stream to its end.
 
@@ -177,9 +192,9 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], background: BackgroundTask | None = None) -> None:
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
         self.status_code = 200
-        self.background = background
+        self.background = None
         self._events = events
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
@@ -197,5 +212,3 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]
-        if self.background is not None:
-            await self.background()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp
 
 from paceline import __version__
 from paceline.errors import PacelineError
-from paceline.server.errors import HTTPError, error_response
+from paceline.server.errors import HTTPError, error_body, error_response
 from paceline.server.middleware import OPEN_PATHS, Gate
 from paceline.server.protocol.chat import ChatRequest
 from paceline.server.protocol.completions import CompletionRequest
@@ -27,6 +28,7 @@ from paceline.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from paceline.server.routes import router
 from paceline.server.service import Service
 
+logger = logging.getLogger(__name__)
 _BODIES: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
@@ -67,8 +69,11 @@ async def _answer_error(http: HTTPRequest, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         return error_response(HTTPError(400, "a path or query parameter is invalid.", code="invalid_value"))
     if isinstance(error, PacelineError):
+        status, body = error_body(error)
         service: Service = http.app.state.service
-        service.metrics.on_rejected(getattr(error, "code", None) or "invalid")
+        service.metrics.on_rejected(body["error"]["code"] or "invalid")
+        if status == 500:
+            logger.error("a request failed", exc_info=error, extra={"request_id": http.state.request_id})
     return error_response(error)
 
 

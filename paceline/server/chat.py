@@ -10,35 +10,25 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
 from paceline.config import SamplingParams, StructuredOutput
-from paceline.engine.request import FinishReason, Request
-from paceline.engine.types import RequestOutput, TokenLogprobs
+from paceline.engine.constraint import Constraint
 from paceline.errors import RequestError
-from paceline.server.answering import FINGERPRINT, Answering, EventStream
+from paceline.server.answering import FINGERPRINT, Answering
+from paceline.server.chat_choice import ChatChoiceState
 from paceline.server.params import new_seed, sampling_params, structured_output
 from paceline.server.parsers import registry
 from paceline.server.parsers.base import (
-    ContentDelta,
-    Event,
     OutputParser,
-    ReasoningDelta,
-    ToolCallArguments,
-    ToolCallStart,
     new_call_id,
 )
 from paceline.server.parsers.constraint import tool_grammar
+from paceline.server.parsers.tools import NO_PARAMETERS
 from paceline.server.protocol.chat import (
-    AnsweredToolCall,
-    AnswerMessage,
-    CalledFunction,
-    ChatChoice,
     ChatRequest,
     ChatResponse,
-    ChoiceLogprobs,
     NamedToolChoice,
     Tool,
 )
 from paceline.server.service import Service
-from paceline.server.tokens import TokenTexts
 
 
 async def chat(service: Service, http: HTTPRequest, body: ChatRequest) -> Response:
@@ -49,10 +39,7 @@ async def chat(service: Service, http: HTTPRequest, body: ChatRequest) -> Respon
     """
     answering = await _start(service, http, body)
     http.state.report = answering.report
-    if body.stream:
-        return EventStream(answering.events("chat.completion.chunk"))
-    await answering.collect()
-    return Response(_whole(answering).model_dump_json(), media_type="application/json")
+    return await answering.respond("chat.completion.chunk", lambda: _whole(answering))
 
 
 async def _start(service: Service, http: HTTPRequest, body: ChatRequest) -> Answering:
@@ -63,13 +50,17 @@ async def _start(service: Service, http: HTTPRequest, body: ChatRequest) -> Answ
     params, field = chat_params(body, tools, service)
     http.state.ticket.extend(params.n)
     prompt, opens_reasoning = await service.off_loop(_prompt, service, body, tools)
-    constraint = await service.constraint(params, field, salt)
+    constraint = await _constraint(service, params, field, salt, tools)
     if params.logprobs is not None:
         await service.off_loop(service.tokens.load)
     requests = await service.off_loop(service.requests, prompt, params, salt, constraint)
     choices = {
         request.id: ChatChoiceState(
-            request, _parser(service, tools, params, opens_reasoning), service.tokens, body.return_token_ids
+            request,
+            _parser(service, tools, params, opens_reasoning),
+            service.tokens,
+            with_ids=bool(body.return_token_ids),
+            calls_only=field == "tool_choice",
         )
         for request in requests
     }
@@ -107,7 +98,7 @@ def chat_params(body: ChatRequest, tools: list[Tool], service: Service) -> tuple
         body,
         max_n=service.config.max_n,
         structured=structured,
-        max_tokens=body.max_completion_tokens or body.max_tokens or service.max_model_len,
+        max_tokens=min(body.max_completion_tokens or body.max_tokens or service.max_model_len, service.max_model_len),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         visible_tokens=service.markers if tools or service.reasoning_format else None,
         prediction=body.prediction.text() or None if body.prediction else None,
@@ -121,6 +112,10 @@ def _tools(body: ChatRequest) -> list[Tool]:
     if not tools and body.tool_choice not in (None, "none", "auto"):
         raise RequestError("needs tools.", field="tool_choice")
     names = [tool.function.name for tool in tools]
+    for i, tool in enumerate(tools):
+        kind = (tool.function.parameters or NO_PARAMETERS).get("type", "object")
+        if kind != "object":
+            raise RequestError('must be a schema of type "object".', field=f"tools.{i}.function.parameters")
     if len(set(names)) != len(names):
         raise RequestError("holds two functions of the same name.", field="tools")
     if isinstance(body.tool_choice, NamedToolChoice) and body.tool_choice.function.name not in names:
@@ -142,6 +137,21 @@ def _demanded_call(body: ChatRequest, tools: list[Tool], tool_format: str | None
     demand = tool_grammar(tool_format, plain, names, several)
     kind, value = next(iter(demand.items()))
     return StructuredOutput(**{"grammar" if kind == "ebnf" else kind: value})
+
+
+async def _constraint(
+    service: Service, params: SamplingParams, field: str | None, salt: str, tools: list[Tool]
+) -> Constraint | None:
+    """The compiled grammar; where that of a demanded call is refused, the tool that is to blame is named."""
+    try:
+        return await service.constraint(params, field, salt)
+    except RequestError:
+        if field == "tool_choice":
+            for i, tool in enumerate(tools):
+                alone = StructuredOutput(json_schema=tool.function.parameters or NO_PARAMETERS)  # type: ignore[arg-type]
+                one = dataclasses.replace(params, structured=alone)
+                await service.constraint(one, f"tools.{i}.function.parameters", salt)
+        raise
 
 
 def _prompt(service: Service, body: ChatRequest, tools: list[Tool]) -> tuple[list[int], bool]:
@@ -172,108 +182,6 @@ def _parser(service: Service, tools: list[Tool], params: SamplingParams, opens_r
         new_id=new_call_id,
         starts_open=opens_reasoning,
     )
-
-
-class ChatChoiceState:
-    """One sample: its parser, and everything said so far.
-
-    Args:
-        request: the engine's.
-        parser: turns text into content, reasoning and tool calls.
-        tokens: token texts, for log-probabilities.
-        with_ids: whether token ids are reported.
-    """
-
-    def __init__(self, request: Request, parser: OutputParser, tokens: TokenTexts, with_ids: bool | None) -> None:
-        self.request = request
-        self.reasoning_tokens = 0
-        self.content: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: dict[int, dict[str, Any]] = {}
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: str | None = None
-        self._parser = parser
-        self._tokens = tokens
-        self._with_ids = bool(with_ids)
-        self._begun = False
-
-    def add(self, news: RequestOutput) -> dict[str, Any] | None:
-        """Take news in; the choice of a chunk."""
-        events = self._parse(news)
-        delta = self._delta(events)
-        self.logprobs.extend(news.logprobs)
-        if news.finish_reason is not None:
-            stopped = news.finish_reason is FinishReason.STOP
-            self.finish_reason = "tool_calls" if stopped and self.calls else news.finish_reason.value
-        if not (delta or news.logprobs or self.finish_reason or (self._with_ids and news.token_ids)):
-            return None
-        if not self._begun:
-            self._begun = True
-            delta = {"role": "assistant", "content": "", **delta}
-        logprobs = {"content": [c.model_dump() for c in self._tokens.content(news.logprobs)], "refusal": None}
-        choice = {
-            "index": self.request.sample_index,
-            "delta": delta,
-            "logprobs": logprobs if self.request.params.logprobs is not None else None,
-            "finish_reason": self.finish_reason,
-        }
-        return {**choice, "token_ids": list(news.token_ids)} if self._with_ids else choice
-
-    def _parse(self, news: RequestOutput) -> list[Event]:
-        events: list[Event] = []
-        for piece in news.pieces:
-            found = self._parser.push(piece) if piece else []
-            if found and all(isinstance(event, ReasoningDelta) for event in found):
-                self.reasoning_tokens += 1
-            events += found
-        if news.finish_reason is not None:
-            events += self._parser.finish()
-        return events
-
-    def _delta(self, events: list[Event]) -> dict[str, Any]:
-        """What the events add, remembered and in a chunk's form."""
-        delta: dict[str, Any] = {}
-        calls: dict[int, dict[str, Any]] = {}
-        for event in events:
-            if isinstance(event, ContentDelta):
-                self.content.append(event.text)
-                delta["content"] = delta.get("content", "") + event.text
-            elif isinstance(event, ReasoningDelta):
-                self.reasoning.append(event.text)
-                delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
-            elif isinstance(event, ToolCallStart):
-                self.calls[event.index] = {"id": event.id, "name": event.name, "arguments": []}
-                function = {"name": event.name, "arguments": ""}
-                calls[event.index] = {"index": event.index, "id": event.id, "type": "function", "function": function}
-            elif isinstance(event, ToolCallArguments):
-                self.calls[event.index]["arguments"].append(event.text)
-                call = calls.setdefault(event.index, {"index": event.index, "function": {"arguments": ""}})
-                call["function"]["arguments"] += event.text
-        if calls:
-            delta["tool_calls"] = list(calls.values())
-        return delta
-
-    def choice(self) -> ChatChoice:
-        """The finished choice."""
-        content = "".join(self.content)
-        calls = [
-            AnsweredToolCall(
-                id=call["id"], function=CalledFunction(name=call["name"], arguments="".join(call["arguments"]))
-            )
-            for _, call in sorted(self.calls.items())
-        ]
-        wanted = self.request.params.logprobs is not None
-        return ChatChoice(
-            index=self.request.sample_index,
-            message=AnswerMessage(
-                content=None if calls and not content else content,
-                reasoning_content="".join(self.reasoning) or None,
-                tool_calls=calls or None,
-            ),
-            logprobs=ChoiceLogprobs(content=self._tokens.content(self.logprobs)) if wanted else None,
-            finish_reason=self.finish_reason,  # type: ignore[arg-type]
-            token_ids=self.request.output_ids if self._with_ids else None,
-        )
 
 
 def _whole(answering: Answering) -> ChatResponse:

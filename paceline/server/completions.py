@@ -13,7 +13,7 @@ from paceline.config import SamplingParams
 from paceline.engine.request import Request
 from paceline.engine.types import RequestOutput, TokenLogprobs
 from paceline.errors import RequestError
-from paceline.server.answering import FINGERPRINT, Answering, EventStream
+from paceline.server.answering import FINGERPRINT, Answering
 from paceline.server.params import new_seed, sampling_params, structured_output
 from paceline.server.protocol.completions import (
     CompletionChoice,
@@ -35,10 +35,7 @@ async def complete(service: Service, http: HTTPRequest, body: CompletionRequest)
     """
     answering = await _start(service, http, body)
     http.state.report = answering.report
-    if body.stream:
-        return EventStream(answering.events("text_completion"))
-    await answering.collect()
-    return Response(_whole(answering).model_dump_json(), media_type="application/json")
+    return await answering.respond("text_completion", lambda: _whole(answering))
 
 
 async def _start(service: Service, http: HTTPRequest, body: CompletionRequest) -> Answering:
@@ -90,7 +87,7 @@ def completion_params(body: CompletionRequest, service: Service) -> tuple[Sampli
         body,
         max_n=service.config.max_n,
         structured=structured,
-        max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else max(body.max_tokens, 1),
+        max_tokens=_DEFAULT_TOKENS if body.max_tokens is None else min(max(body.max_tokens, 1), service.max_model_len),
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
         prediction=body.prediction or None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from paceline.config import MAX_N
 from paceline.errors import ConfigError
+from paceline.server.parsers.registry import reasoning_parser_names, tool_parser_names
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
@@ -65,6 +66,8 @@ class ServerConfig:
         for name, known in (
             ("log_level", LOG_LEVELS),
             ("log_format", LOG_FORMATS),
+            ("tool_call_parser", ("auto", "none", *tool_parser_names())),
+            ("reasoning_parser", ("auto", "none", *reasoning_parser_names())),
             ("per_request_spec_decode_metrics", ("none", "summary")),
         ):
             if getattr(self, name) not in known:

@@ -73,8 +73,8 @@ def error_response(error: Exception, headers: Mapping[str, str] | None = None) -
 
 
 def invalid_body(error: ValidationError, body: bytes) -> HTTPError:
-    """A body that is not JSON or does not fit the schema. Of several problems (a union's members each have one) the
-    deepest is named, since it belongs to the member that fits best."""
+    """A body that is not JSON or does not fit the schema. Of several problems (a union's members each have one) that of
+    the member that fits best is named: not the wrong type altogether, and wrong as deep inside as may be."""
     if error.error_count() > _MOST_PROBLEMS:  # listing them would hold up everyone else
         return HTTPError(400, f"the body has {error.error_count()} faults.", code="invalid_value")
     problems = error.errors(include_url=False, include_input=False, include_context=False)
@@ -82,12 +82,21 @@ def invalid_body(error: ValidationError, body: bytes) -> HTTPError:
         return HTTPError(400, "the body is not valid JSON.", code="invalid_json")
     content = from_json(body)
     places = [_place(problem["loc"], content, problem["type"] == "missing") for problem in problems]
-    deepest = max(range(len(problems)), key=lambda i: len(places[i]))
-    problem = problems[deepest]
-    field = ".".join(str(part) for part in places[deepest]) or None
-    known = {"extra_forbidden": REASONS.get(field or "", "is not known here."), "missing": "is missing."}
-    message = known.get(problem["type"], f"{problem['msg'].removeprefix('Value error, ')}.")
+    best = max(range(len(problems)), key=lambda i: _fit(problems[i]["type"], places[i]))
+    problem = problems[best]
+    field = ".".join(str(part) for part in places[best]) or None
+    message = f"{problem['msg'].removeprefix('Value error, ')}."
+    if problem["type"] == "missing":
+        message = "is missing."
+    elif problem["type"] in ("extra_forbidden", "literal_error"):
+        message = REASONS.get(field or "", "is not known here." if problem["type"] == "extra_forbidden" else message)
     return HTTPError(400, _printable(message), field=_printable(field) if field else None, code="invalid_value")
+
+
+def _fit(kind: str, place: Sequence[int | str]) -> tuple[bool, int, int]:
+    """How well the member of a union fits that has this problem."""
+    last = place[-1] if place else 0
+    return not kind.endswith("_type"), len(place), last if isinstance(last, int) else 0
 
 
 def _place(location: Sequence[int | str], content: Any, missing: bool) -> list[int | str]:

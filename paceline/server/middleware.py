@@ -74,8 +74,10 @@ class Gate:
         except HTTPError as error:
             self._on_rejected(error.code or "invalid")
             await exchange.fail(error)
-        except (asyncio.CancelledError, ClientGone):
+        except ClientGone:
             exchange.status = exchange.status or 499  # what proxies log for a client that left
+        except asyncio.CancelledError:  # the server stops, and this took too long
+            await exchange.fail(HTTPError(503, "the server stopped.", fix="Try again.", code="draining"))
         except Exception as error:
             logger.exception("a request failed", extra={"request_id": exchange.request_id})
             await exchange.fail(error)

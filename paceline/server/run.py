@@ -13,11 +13,12 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
 
+from paceline.errors import ConfigError
 from paceline.server.app import create_app
 from paceline.server.config import ServerConfig
 from paceline.server.connection import Connection
@@ -26,6 +27,8 @@ from paceline.server.service import Service
 logger = logging.getLogger(__name__)
 _KEEP_ALIVE_SECONDS = 75
 """Longer than the 60 s of common proxies, so that they close idle connections and not we."""
+_STOP_SECONDS = 1
+"""After a second signal, for errors to reach those who wait."""
 _POLL_SECONDS = 0.05
 _LAST_SECONDS = 5
 """After draining: how long clients have to take the last bytes of their answers."""
@@ -72,15 +75,12 @@ class DrainingServer(uvicorn.Server):
             self._drain = asyncio.create_task(self._wait_until_empty())
         return await super().on_tick(counter)
 
-    def _log_started_message(self, listeners: Sequence[socket.SocketType]) -> None:
-        host, port = listeners[0].getsockname()[:2]
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        logger.info("serving %s at http://%s/v1 (API document: /docs)", ", ".join(self._service.names), address)
-
     def stop_now(self) -> None:
-        """Cancel everything."""
+        """Cancel everything; whoever still waits is told by an error."""
         self.stopped_at_once = True
-        self.should_exit = self.force_exit = True
+        self._service.stop_now()
+        self.config.timeout_graceful_shutdown = _STOP_SECONDS
+        self.should_exit = True
 
     def _open(self) -> int:
         return self._service.admission.open
@@ -110,18 +110,46 @@ def settings_of(service: Service, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-def serve(service: Service, config: ServerConfig) -> int:
+def bind(config: ServerConfig) -> socket.socket:
+    """The listening address, taken before anything slow is done; nobody can connect yet.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port} ({error.strerror or error}).",
+            field="port",
+            fix="Stop what listens there, or choose another --host or --port.",
+        ) from error
+    return listener
+
+
+def serve(service: Service, config: ServerConfig, listener: socket.socket) -> int:
     """Serve until a signal comes.
 
+    Args:
+        service: the served model.
+        config: settings.
+        listener: from `bind`.
+
     Returns:
-        The process's exit code: 0 after draining, 1 if the port cannot be had or a second signal cut it short.
+        The process's exit code: 0 after draining, 1 if a second signal cut it short.
     """
     service.warm_up()
     server = DrainingServer(settings_of(service, config), service)
+    host, port = listener.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    names = ", ".join(service.names)
+    logger.info("serving %s at http://%s/v1 (API document: /openapi.json)", names, address)
     try:
-        server.run()
-    except SystemExit:  # uvicorn's way of saying that the port is taken; its log names it
-        return 1
+        server.run(sockets=[listener])
     finally:
         service.close()
     logger.info("stopped")

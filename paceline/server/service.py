@@ -17,7 +17,7 @@ from paceline.engine.async_engine import AsyncEngine, RequestStream
 from paceline.engine.constraint import Constraint
 from paceline.engine.engine import Engine
 from paceline.engine.request import Request
-from paceline.errors import PromptTooLongError, RequestError
+from paceline.errors import BusyError, PromptTooLongError, RequestError
 from paceline.llm import Prompt, make_requests
 from paceline.model.loader import LoadedModel
 from paceline.server.admission import Admission
@@ -33,7 +33,8 @@ from paceline.server.tokens import TokenTexts
 
 T = TypeVar("T")
 _TOKENIZING_THREADS = 2
-_COMPILING_THREADS = 4
+_MOST_COMPILING = 16
+"""Requests that wait for a new grammar; they are compiled one by one."""
 
 
 class Service:
@@ -70,8 +71,9 @@ class Service:
         self.reasoning_format = _format(config.reasoning_parser, detected.reasoning)
         self.template = ChatTemplate(loaded.tokenizer, loaded.name, detected.template_knows_tools)
         self.markers = _special_ids(loaded.tokenizer, MARKERS)
+        self._num_compiling = 0
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="paceline-tokenize")
-        self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, thread_name_prefix="paceline-grammar")
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="paceline-grammar")
 
     @property
     def status(self) -> str:
@@ -84,6 +86,11 @@ class Service:
         """Begin in the background what the first request of its kind would otherwise wait for."""
         self._compiling.submit(self.grammars.start)
         self._tokenizing.submit(self.tokens.load)
+
+    def stop_now(self) -> None:
+        """Cancel what runs; returns at once, from the event loop's thread."""
+        self.engine.stop()
+        self.grammars.close()
 
     def close(self) -> None:
         """Cancel what runs, and end all threads and workers."""
@@ -169,12 +176,22 @@ class Service:
 
         Raises:
             RequestError: it cannot be compiled within the limits.
+            BusyError: too many wait.
         """
         wanted = params.structured
         if wanted is None:
             return None
+        found = self.grammars.known(wanted, field, salt)
+        if found is not None:
+            return found
+        if self._num_compiling >= _MOST_COMPILING:
+            raise BusyError("too many new grammars are waiting to be compiled.", field=field, fix="Try again later.")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._compiling, lambda: self.grammars.constraint(wanted, field, salt))
+        self._num_compiling += 1
+        try:  # cancelled before its turn, it is not compiled
+            return await loop.run_in_executor(self._compiling, lambda: self.grammars.constraint(wanted, field, salt))
+        finally:
+            self._num_compiling -= 1
 
     def requests(
         self, prompt: Prompt, params: SamplingParams, salt: str, constraint: Constraint | None

@@ -99,10 +99,10 @@ TEXT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt"),
     ({"prompt": None}, "prompt"),
     ({"prompt": [[]]}, "prompt.0"),
-    ({"prompt": [[1], "a"]}, "prompt.0"),
+    ({"prompt": [[1], "a"]}, "prompt.1"),
     ({"prompt": [MAX_LEN * 100]}, "prompt"),
     ({"prompt": [1] * MAX_LEN}, "prompt"),
-    ({"prompt": ["a"] * 257}, "prompt.0"),  # a list may be token ids as well
+    ({"prompt": ["a"] * 257}, "prompt"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
@@ -207,3 +207,26 @@ def test_the_engine_lives(server: Running) -> None:
     with server.client() as client:
         assert client.get("/health").json() == {"status": "ok"}
     server.wait_idle()
+
+
+@pytest.mark.parametrize(
+    ("path", "extra", "param", "part"),
+    [
+        (TEXT, {"stop": ["a"] * 17}, "stop", "at most 16"),
+        (TEXT, {"prompt": ["a"] * 257}, "prompt", "at most 256"),
+        (TEXT, {"prompt": []}, "prompt", "at least 1"),
+        (TEXT, {"prompt": ["a", ["b"]]}, "prompt.1", "string"),
+        (TEXT, {"speculation": "on"}, "speculation", '"off"'),
+        (TEXT, {"suffix": "x"}, "suffix", "filled in"),
+        (CHAT, {"bad_words": ["x"]}, "bad_words", "logit_bias"),
+        (CHAT, {"lora_request": {}}, "lora_request", "LoRA"),
+        (CHAT, {"skip_special_tokens": False}, "skip_special_tokens", "return_token_ids"),
+    ],
+)
+def test_the_message_is_of_the_member_that_fits(
+    server: Running, path: str, extra: dict[str, Any], param: str, part: str
+) -> None:
+    base = {"prompt": "a"} if path == TEXT else {"messages": [{"role": "user", "content": "a"}]}
+    error = server.post(path, {**base, **extra}).json()["error"]
+    assert error["param"] == param
+    assert part in error["message"]

@@ -82,6 +82,8 @@ def test_kubernetes_does_not_set_the_port() -> None:
         ('api_key = ""', "api_key"),
         ("api_key = [1]", "api_key"),
         ('log_level = "loud"', "log_level"),
+        ('tool_call_parser = "hermse"', "hermes"),
+        ('reasoning_parser = "deepseek_r2"', "think"),
         ('tenant_header = "a: b"', "tenant_header"),
         ("model = 1", "model"),
         ('trust_remote_code = "yes"', "trust_remote_code"),

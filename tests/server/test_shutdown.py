@@ -13,18 +13,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from server_tools import make_byte_loaded, save_tiny
+from server_tools import save_tiny
 from wire import request_bytes
 
-from paceline.config import EngineConfig
-from paceline.engine.builder import build_engine
+from paceline.errors import ConfigError
 from paceline.server.config import ServerConfig
-from paceline.server.run import serve
-from paceline.server.service import Service
+from paceline.server.run import bind
 
 LONG = {"prompt": "a", "max_tokens": 480, "ignore_eos": True, "stream": True, "speculation": "off"}
 
@@ -122,7 +121,7 @@ def test_the_first_signal_drains(folder: Path) -> None:
 
 
 def test_the_second_signal_stops_now(folder: Path) -> None:
-    """The stream is cut short, and the exit code says that not everything was finished."""
+    """The stream ends with an error, and the exit code says that not everything was finished."""
     with running(folder) as process, process.client() as client:
         response, lines = _started(client)
         process.child.send_signal(signal.SIGTERM)
@@ -132,9 +131,10 @@ def test_the_second_signal_stops_now(folder: Path) -> None:
         started = time.monotonic()
         assert process.wait(10) == 1, process.output()
         assert time.monotonic() - started < 5
-        with contextlib.suppress(httpx.HTTPError):
-            assert "data: [DONE]" not in list(lines)
+        rest = [line for line in lines if line.startswith("data: {")]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
         response.close()
+    assert "Traceback" not in process.output()
 
 
 def test_idle_and_stuck_connections_do_not_hold_it_up(folder: Path) -> None:
@@ -157,14 +157,34 @@ def test_idle_and_stuck_connections_do_not_hold_it_up(folder: Path) -> None:
         assert time.monotonic() - started < 10
 
 
-def test_a_taken_port(caplog: pytest.LogCaptureFixture) -> None:
-    """Exit code 1 and a line that names the address."""
-    loaded = make_byte_loaded()
+def test_a_second_signal_ends_compiling_too(folder: Path) -> None:
+    """Grammars that take seconds, several in a queue: whoever waits for one hears of the stop."""
+    slow = 'root ::= root root | "%s"'
+    with running(folder) as process, process.client() as client, ThreadPoolExecutor(3) as pool:
+
+        def ask(letter: str) -> httpx.Response:
+            body = {"prompt": "a", "structured_outputs": {"grammar": slow % letter}}
+            return client.post("/v1/completions", json=body)
+
+        waiting = [pool.submit(ask, letter) for letter in "abc"]
+        time.sleep(1.0)
+        process.child.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.child.send_signal(signal.SIGTERM)
+        answers = [future.result() for future in waiting]
+        process.wait(10)
+    for answer in answers:
+        assert answer.status_code in (400, 503), answer.text
+        assert answer.json()["error"]["message"]
+
+
+def test_a_taken_port() -> None:
+    """Said before a model is loaded, with the address and what to do."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        config = ServerConfig(port=taken.getsockname()[1])
-        engine = build_engine(EngineConfig.from_options({"kv_cache_memory": 1 << 20}), loaded)
-        assert serve(Service(loaded, engine, config), config) == 1
-        assert str(config.port) in caplog.text
-        assert "address already in use" in caplog.text
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port} \(Address already in use\)") as caught:
+            bind(ServerConfig(port=port))
+    assert caught.value.field == "port"
+    assert "--port" in (caught.value.fix or "")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -144,7 +147,7 @@ def test_tools_without_a_demand_leave_the_text_free(drafting: Running) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": FORMAT, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}],
-          "tool_choice": "required"}, "tool_choice"),
+          "tool_choice": "required"}, "tools.0.function.parameters"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named(server: Running, extra: dict[str, Any], field: str) -> None:
@@ -152,3 +155,58 @@ def test_what_cannot_be_is_named(server: Running, extra: dict[str, Any], field: 
     answer = server.post(CHAT, body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == field
+
+
+def test_a_tool_without_parameters_is_called_without_arguments(server: Running) -> None:
+    for parameters in ({}, {"parameters": {}}):
+        tool = {"type": "function", "function": {"name": "now", **parameters}}
+        body = {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": "required"}
+        long = make_byte_loaded(max_position_embeddings=2048)
+        with serving(long) as running:
+            message = running.post(CHAT, {**body, "parallel_tool_calls": False}).json()["choices"][0]["message"]
+        assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {}
+    assert server.post(CHAT, {**body, "tool_choice": "none"}).status_code == 200
+
+
+def test_of_a_call_cut_short_no_markup_is_left(drafting: Running) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "tool_choice": "required", "max_tokens": 3}
+    choice = drafting.post(CHAT, body).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] is None
+    streamed = events(drafting.post(CHAT, {**body, "stream": True}))
+    assert not "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in streamed)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"type": "string"}, "tools.1.function.parameters"),
+        ({"type": "object", "properties": {"x": {"$ref": "#/$defs/no"}}}, "tools.1.function.parameters"),
+        ({"type": "object", "properties": {"x": {"multipleOf": 2}}}, "tools.1.function.parameters"),
+    ],
+)
+def test_the_tool_to_blame_is_named(drafting: Running, parameters: dict[str, Any], field: str) -> None:
+    bad = {"type": "function", "function": {"name": "bad", "parameters": parameters}}
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": [TOOLS[0], bad], "tool_choice": "required"}
+    answer = drafting.post(CHAT, body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+def test_a_known_grammar_does_not_wait_for_a_new_one(server: Running) -> None:
+    known = {"messages": [{"role": "user", "content": "a"}], "structured_outputs": {"choice": ["yes", "no"]}}
+    assert server.post(CHAT, known).status_code == 200
+    gate = threading.Event()
+    compile_one = server.service.grammars.constraint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.service.grammars, "constraint", lambda *a: (gate.wait(30), compile_one(*a))[1])
+        with ThreadPoolExecutor(40) as pool:
+            new = [
+                pool.submit(server.post, CHAT, {**known, "structured_outputs": {"regex": f"a{i}"}}) for i in range(20)
+            ]
+            while sum(future.done() for future in new) < 4:
+                time.sleep(0.01)
+            assert server.post(CHAT, known).status_code == 200
+            gate.set()
+            codes = sorted(future.result().status_code for future in new)
+    assert codes == [200] * 16 + [503] * 4, "16 may wait; the others are told to come again"

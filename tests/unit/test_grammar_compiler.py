@@ -319,8 +319,8 @@ class _Counted:
     def start(self) -> None:
         self._process.start()
 
-    def close(self) -> None:
-        self._process.close()
+    def close(self, *, forever: bool = False) -> None:
+        self._process.close(forever=forever)
 
 
 def _counted(**limits: Any) -> tuple[Grammars, _Counted]:
@@ -342,7 +342,7 @@ def test_grammars_and_refusals_are_remembered_and_the_oldest_forgotten() -> None
         grammars.constraint(structured("regex", regex))
     assert counted.sources == ["a", "b", "(", "c", "b"]
     grammars.close()
-    with pytest.raises(RequestError, match="closing"):
+    with pytest.raises(BusyError, match="closing"):
         grammars.constraint(structured("regex", "d"))
     assert grammars.constraint(structured("regex", "c")) is not None, "what is remembered needs no process"
 

@@ -83,6 +83,8 @@ class SpeculationWish(Body):
 
 def _spell_out(value: Any) -> Any:
     """`"off"` is short for `{"off": true}`."""
+    if isinstance(value, str) and value != "off":
+        raise ValueError('must be an object or "off"')
     return {"off": True} if value == "off" else value
 
 
