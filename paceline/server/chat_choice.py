@@ -63,7 +63,11 @@ class ChatChoiceState:
             return None
         if not self._begun:
             self._begun = True
-            delta = {"role": "assistant", **({} if "tool_calls" in delta else {"content": ""}), **delta}
+            delta = {
+                "role": "assistant",
+                **({} if self._calls_only or "tool_calls" in delta else {"content": ""}),
+                **delta,
+            }
         logprobs = {"content": [c.model_dump() for c in self._tokens.content(news.logprobs)], "refusal": None}
         choice = {
             "index": self.request.sample_index,

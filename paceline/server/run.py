@@ -68,6 +68,14 @@ class DrainingServer(uvicorn.Server):
         else:
             self._service.admission.draining = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        names = ", ".join(self._service.names)
+        logger.info("serving %s at http://%s/v1 (API document: /openapi.json)", names, address)
+
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's main loop asks ten times a second whether to exit: when draining is over."""
         if self._service.admission.draining and self._drain is None:
@@ -144,10 +152,6 @@ def serve(service: Service, config: ServerConfig, listener: socket.socket) -> in
     """
     service.warm_up()
     server = DrainingServer(settings_of(service, config), service)
-    host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    names = ", ".join(service.names)
-    logger.info("serving %s at http://%s/v1 (API document: /openapi.json)", names, address)
     try:
         server.run(sockets=[listener])
     finally:
