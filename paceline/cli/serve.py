@@ -208,7 +208,8 @@ def _threads() -> int:
     PyTorch's threads wait for one another hundreds of times a step; on a core that they share with anything else, each
     wait can cost a time slice.
     """
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores - 1)
 
 
 def gather(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _PROBE_TEXT = "\n"
 class Grammars:
     """Compiles structured outputs, in a process of its own, and remembers them.
 
-    Thread-safe: requests wait for one another, at most `max_waiting` of them.
+    Thread-safe: callers wait for one another.
 
     Args:
         tokenizer: the model's `transformers` tokenizer.
@@ -39,7 +39,6 @@ class Grammars:
         max_token_seconds: most CPU time of a mask at run time.
         cache_entries: most grammars remembered.
         cache_bytes: most bytes of remembered grammars, as serialised.
-        max_waiting: most requests that compile or wait for it.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Grammars:
         max_token_seconds: float = 0.5,
         cache_entries: int = 256,
         cache_bytes: int = 128 << 20,
-        max_waiting: int = 32,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -66,7 +64,6 @@ class Grammars:
         self._max_choices = max_choices
         self._max_token_seconds = max_token_seconds
         self._cache = _Cache(cache_entries, cache_bytes)
-        self._waiting = threading.BoundedSemaphore(max_waiting)
         self._lock = threading.Lock()
         self._info: TokenizerInfo | None = None
         self._silent: frozenset[int] = frozenset()
@@ -93,7 +90,7 @@ class Grammars:
 
         Raises:
             RequestError: it is invalid, allows nothing, or is too big, too slow or too hungry; or xgrammar is missing.
-            BusyError: too many wait, or the compiler's process does not start.
+            BusyError: the compiler's process does not start, or has been closed.
         """
         found = self._constraint(structured, field, salt, self._compiled)
         assert found is not None, "compiled or refused"
@@ -159,13 +156,8 @@ class Grammars:
                 raise Problem("needs xgrammar, which is not installed.", "Run: pip install 'paceline[serve]'")
             if not self._eos:
                 raise Problem("needs an end token, and this model has none.")
-            if not self._waiting.acquire(blocking=False):
-                raise BusyError("too many new grammars are waiting to be compiled.", fix="Try again later.")
-            try:
-                with self._lock:
-                    found = self._cache.get(key) or self._compile(key)
-            finally:
-                self._waiting.release()
+            with self._lock:  # whoever waited takes what the first one made
+                found = self._cache.get(key) or self._compile(key)
         if isinstance(found, Problem):
             raise Problem(found.message, found.fix)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,7 +148,10 @@ async def _constraint(
         return await service.constraint(params, field, salt)
     except RequestError:
         if field == "tool_choice":
+            deadline = time.monotonic() + service.config.grammar_timeout  # for all of them: others wait meanwhile
             for i, tool in enumerate(tools):
+                if time.monotonic() > deadline:
+                    break
                 alone = StructuredOutput(json_schema=tool.function.parameters or NO_PARAMETERS)  # type: ignore[arg-type]
                 one = dataclasses.replace(params, structured=alone)
                 await service.constraint(one, f"tools.{i}.function.parameters", salt)

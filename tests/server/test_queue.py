@@ -162,3 +162,16 @@ def test_vanished_clients_give_the_places_back(small: Running) -> None:
                 wait_for(lambda taken=i + 1: small.service.admission.open == taken, "a place taken")  # type: ignore[misc]
             stack.close()
             wait_for(lambda: small.service.admission.open == 0, "places given back, though the engine stands still")
+
+
+def test_the_bodies_of_all_requests_together_are_bounded(small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies are read before they take a place, so their bytes have a limit of their own, and are given back."""
+    gate: Any = small.server.config.app
+    large = {**PROMPT, "user": "x" * 2000}
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "_most_held", 1500)
+        for _ in range(3):
+            check_error(small.post(TEXT, large), 503, code="queue_full")
+    wait_for(lambda: gate._held == 0, "nothing held")
+    assert small.post(TEXT, large).status_code == 200
+    wait_for(lambda: gate._held == 0, "nothing held")
