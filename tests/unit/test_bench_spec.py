@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from paceline.bench import spec
-from paceline.cli import bench, options
+from paceline.cli import bench_spec, options
 from paceline.cli.main import main
 from paceline.config import SamplingParams
 from paceline.errors import InputError, RequestError

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from paceline.cli import bench, chat, demo, generate, options, pull
+from paceline.cli import bench_spec, chat, demo, generate, options, pull
 from paceline.cli.main import COMMANDS, main, parse_args
 from paceline.config import EngineConfig, SamplingParams
 from paceline.engine.builder import check_speculation

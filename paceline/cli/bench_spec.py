@@ -43,15 +43,8 @@ A question file has one object a line, as in Spec-Bench:
 """
 
 
-def register(subparsers: Any) -> None:
-    """Add the command and its subcommands."""
-    bench = subparsers.add_parser(
-        "bench",
-        help="measure on this machine",
-        description="Measure on this machine.",
-        usage="paceline bench KIND ...",
-    )
-    kinds = bench.add_subparsers(title="kinds", metavar="KIND", required=True)
+def register(kinds: Any) -> None:
+    """Add the kind."""
     parser = kinds.add_parser(
         "spec",
         help="speculation against none, task by task",
