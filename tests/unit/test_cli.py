@@ -122,7 +122,7 @@ def examples(epilog: str) -> list[str]:
     return [line for line in lines if line.startswith("paceline ")]
 
 
-@pytest.mark.parametrize("module", [generate, chat, pull, demo, bench], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [generate, chat, pull, demo, bench_spec], ids=lambda m: m.__name__)
 def test_help_examples_parse(module: Any) -> None:
     commands = examples(module.EPILOG)
     assert len(commands) >= 2
