@@ -290,6 +290,6 @@ def test_what_was_measured_is_kept(
 def test_losing_cells_are_red(engines: dict[str, Any]) -> None:
     engines["slow"].edit = lambda ids: ids[:-1]
     rows = rows_of(engines)
-    losing, winning = bench._cells(rows["all", "slow"]), bench._cells(rows["all", "fast"])
+    losing, winning = bench_spec._cells(rows["all", "slow"]), bench_spec._cells(rows["all", "fast"])
     assert [cell.startswith("[red]") for cell in losing] == [False, True, True, True, False, False, True]
     assert not any("[red]" in cell for cell in winning)
