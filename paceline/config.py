@@ -99,11 +99,19 @@ class RequestSpeculation:
     """Most draft tokens a step may verify for it."""
     drafters: tuple[str, ...] | None = None
     """Use only these of the engine's drafters."""
+    weight: float = 1.0
+    """What a token of this request is worth beside another request's, when they compete for verification."""
+    deadline: float | None = None
+    """Seconds after arrival by which the whole answer is wanted; a request that lags behind weighs more."""
 
     def __post_init__(self) -> None:
         _require(isinstance(self.off, bool), SamplingParamsError, "speculation.off", "must be true or false.")
         ok = self.cap is None or (isinstance(self.cap, int) and not isinstance(self.cap, bool) and self.cap >= 0)
         _require(ok, SamplingParamsError, "speculation.cap", "must be a whole number of at least 0.")
+        heavy = _is_number(self.weight) and 0.01 <= self.weight <= 100.0
+        _require(heavy, SamplingParamsError, "speculation.weight", "must be a number between 0.01 and 100.")
+        timely = self.deadline is None or (_is_number(self.deadline) and 0.0 < self.deadline <= 1e9)
+        _require(timely, SamplingParamsError, "speculation.deadline", "must be a positive number of seconds.")
         if self.drafters is not None:
             object.__setattr__(self, "drafters", _as_tuple(self.drafters, str, "speculation.drafters"))
 

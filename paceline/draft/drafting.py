@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Drafting:
             _cut(
                 self._tree(
                     [(name, found[i]) for name, found in proposals.items() if found],
-                    plan.acceptance[item.request.salt],
+                    {name: chances[i] for name, chances in plan.acceptance.items()},
                 ),
                 item.request,
             )
@@ -65,10 +65,10 @@ class Drafting:
         return DraftBatch(trees, seconds)
 
     def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
-        limit = plan.limits.get(drafter.name)
+        budgets = np.minimum(plan.budgets, plan.limits[drafter.name]).tolist()
         contexts = [
-            DraftContext(item.request, _budget(item.request, drafter.name, budget, limit))
-            for item, budget in zip(batch.sampling, plan.budgets, strict=True)
+            DraftContext(item.request, _budget(item.request, drafter.name, budget))
+            for item, budget in zip(batch.sampling, budgets, strict=True)
         ]
         try:
             proposals = list(drafter.propose(contexts))
@@ -100,14 +100,20 @@ class Drafting:
                 return build(name, proposal, acceptance[name])
         return EMPTY_TREE
 
-    def observe(self, observation: Observation) -> None:
-        """Show a committed step to every drafter."""
-        for name, drafter in list(self.drafters.items()):
+    def observers(self, names: frozenset[str] | None) -> list[Drafter]:
+        """The drafters of these names that want to see committed steps; None: all of them."""
+        return [d for name, d in self.drafters.items() if names is None or name in names]
+
+    def observe(self, observation: Observation, drafters: Sequence[Drafter]) -> None:
+        """Show a committed step to drafters."""
+        for drafter in drafters:
+            if drafter.name not in self.drafters:
+                continue
             try:
                 drafter.observe(observation)
             except Exception:
-                logger.exception("drafter %s failed to observe and is left out from now on", name)
-                del self.drafters[name]
+                logger.exception("drafter %s failed to observe and is left out from now on", drafter.name)
+                del self.drafters[drafter.name]
 
     def block_managers(self) -> list[BlockManager]:
         """The caches that drafters hold, for the engine's accounting."""
@@ -130,12 +136,12 @@ def _allowed(proposal: Proposal, request: Request) -> Proposal:
         return NOTHING
 
 
-def _budget(request: Request, name: str, budget: int, limit: int | None) -> int:
+def _budget(request: Request, name: str, budget: int) -> int:
     """Most nodes this drafter may propose for the request, which may name the drafters it wants."""
     wish = request.params.speculation
     if wish is not None and wish.drafters is not None and name not in wish.drafters:
         return 0
-    return budget if limit is None else min(budget, limit)
+    return budget
 
 
 def _cut(tree: DraftTree, request: Request) -> DraftTree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
 from paceline.engine.engine import Engine, Stages
-from paceline.engine.profile import measure_step_time
+from paceline.engine.profile import cost_table
 from paceline.errors import ConfigError, SpeculationSpecError
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
 from paceline.plan.base import DrafterLimits, LengthPolicy
+from paceline.plan.cost_model import CostModel
 from paceline.plan.registry import check_policy, create_policy
-from paceline.plan.spec import SpeculationSpec, parse_speculation
+from paceline.plan.spec import DrafterSpec, SpeculationSpec, parse_speculation
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.schedule.scheduler import Scheduler
 from paceline.verify.base import AcceptanceRule
@@ -48,6 +49,7 @@ class Speculation:
     spec: SpeculationSpec
     rule: AcceptanceRule
     chain: bool
+    policy_options: Mapping[str, Any]
 
 
 def check_speculation(config: EngineConfig) -> Speculation:
@@ -73,9 +75,8 @@ def check_speculation(config: EngineConfig) -> Speculation:
             raise SpeculationSpecError(
                 "drafter draft needs a model.", field="speculation", fix="Write draft:model=PATH_OR_NAME."
             )
-    if spec.drafters:
-        check_policy(spec.policy, spec.policy_options)
-    return Speculation(spec, rule, chain=config.tree == "chain" or not rule.allows_trees)
+    options = check_policy(spec.policy, spec.policy_options) if spec.drafters else {}
+    return Speculation(spec, rule, config.tree == "chain" or not rule.allows_trees, options)
 
 
 def build_engine(
@@ -92,7 +93,9 @@ def build_engine(
     runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded))
     vocab_size = int(loaded.config.vocab_size)
     made = _drafters(config, speculation, loaded, vocab_size, on_progress)
-    policy = _policy(speculation.spec, made, runner, blocks, max_model_len, on_progress)
+    policy = _policy(
+        speculation, made, lambda: CostModel(cost_table(loaded, runner, blocks, max_model_len, on_progress))
+    )
     stages = Stages(
         scheduler=Scheduler(
             blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
@@ -212,23 +215,17 @@ def _load_draft(
 
 
 def _policy(
-    spec: SpeculationSpec,
-    made: dict[str, Drafter],
-    runner: ModelRunner,
-    blocks: BlockManager,
-    max_model_len: int,
-    on_progress: Callable[[str], None],
+    speculation: Speculation, made: Mapping[str, Drafter], cost: Callable[[], CostModel]
 ) -> LengthPolicy | None:
+    spec = speculation.spec
     if not spec.drafters:
         return None
-    limits = [
-        DrafterLimits(d.name, d.k or d.maximum or drafters.entry(d.name).most, made[d.name].cost_per_token)
-        for d in spec.drafters
-    ]
+    limits = [_limits(d, made[d.name], is_fixed=d.k is not None and spec.policy != "fixed") for d in spec.drafters]
     estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()})
-    return create_policy(
-        spec.policy,
-        limits,
-        estimates,
-        lambda: measure_step_time(runner, blocks, max_model_len, on_progress),
-    )
+    return create_policy(spec.policy, speculation.policy_options, limits, estimates, cost)
+
+
+def _limits(wanted: DrafterSpec, drafter: Drafter, *, is_fixed: bool) -> DrafterLimits:
+    given = wanted.maximum if wanted.k is None else wanted.k
+    most = drafters.entry(wanted.name).most if given is None else given
+    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed)

@@ -187,11 +187,15 @@ class Engine:
 
     def _feed_back(self, step: InFlight) -> None:
         stages = self.stages
+        seconds: dict[str, float] = {}
         if stages.policy is not None:
-            wanted = any(Tap.TOP_IDS in d.taps for d in stages.drafting.drafters.values())
-            for observation in observations(step, want_top_ids=wanted):
-                stages.drafting.observe(observation)
-        self.last_stats = step_stats(step, time.perf_counter() - step.started)
+            shown = stages.drafting.observers(step.plan.observers)
+            wanted = any(Tap.TOP_IDS in d.taps for d in shown)
+            started = time.perf_counter()
+            for observation in observations(step, want_top_ids=wanted) if shown else ():
+                stages.drafting.observe(observation, shown)
+            seconds = dict.fromkeys((d.name for d in shown if d.taps), time.perf_counter() - started)
+        self.last_stats = step_stats(step, time.perf_counter() - step.started, seconds)
         if stages.policy is not None:
             stages.policy.learn(self.last_stats)
 
@@ -218,6 +222,8 @@ class Engine:
         self._requests.pop(request.id, None)
         self.stages.scheduler.finish(request)
         self.stages.drafting.forget(request)
+        if self.stages.policy is not None:
+            self.stages.policy.forget(request)
         self.stages.committer.forget(request)
 
 

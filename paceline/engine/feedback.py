@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from paceline.arrays import FloatArray
 from paceline.engine.draft_tree import DraftTree
-from paceline.engine.types import DraftBatch, InFlight, NodeLabel, Observation, StepStats
+from paceline.engine.types import DraftBatch, InFlight, NodeLabels, Observation, StepStats
 
 TOP_IDS = 8
 
 
-def step_stats(step: InFlight, step_seconds: float) -> StepStats:
-    """What the next plan learns."""
+def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str, float]) -> StepStats:
+    """What the next plan learns.
+
+    Args:
+        step: a committed step.
+        step_seconds: its wall time.
+        observe_seconds: what the drafters spent on learning from it.
+    """
     rows = zip(step.batch.sampling, step.drafted.trees, step.acceptance.walks, strict=True)
-    walks = [(item.request.salt, tree, walk) for item, tree, walk in rows if walk is not None]
+    walked = [(i, item, tree, walk) for i, (item, tree, walk) in enumerate(rows) if walk is not None]
+    asked = step.drafted.seconds
     return StepStats(
-        num_tokens=step.batch.num_tokens,
-        num_draft_nodes=step.verified.num_nodes,
-        num_committed=sum(len(walk.tokens) for _, _, walk in walks),
-        num_sampling=len(step.batch.sampling),
+        requests=tuple(item.request for _, item, _, _ in walked),
+        num_prompt_tokens=step.batch.num_tokens - len(step.batch.sampling),
+        num_context_tokens=sum(item.start + item.num_tokens for item in step.batch.items),
+        num_sequences=len(step.batch.items),
+        committed=np.array([len(walk.tokens) for _, _, _, walk in walked], dtype=np.int64),
+        verified=np.array([len(step.verified.trees[i]) for i, _, _, _ in walked], dtype=np.int64),
         forward_seconds=step.forward_seconds,
         step_seconds=step_seconds,
-        draft_seconds=step.drafted.seconds,
+        draft_seconds={name: seconds + observe_seconds.get(name, 0.0) for name, seconds in asked.items()},
         draft_depths=_depths(step.drafted),
-        labels=[label for salt, tree, walk in walks for label in node_labels(tree, walk.tokens, salt)],
+        gains=_gains(step.verified, asked),
+        labels=node_labels([(i, tree, walk.tokens) for i, _, tree, walk in walked], step.plan.acceptance),
+        slot_price=step.verified.slot_price,
     )
 
 
-def node_labels(tree: DraftTree, committed: Sequence[int], salt: str = "") -> Iterator[NodeLabel]:
-    """Labels of all drafted nodes whose parent lies on the committed path, trimmed ones included."""
+def node_labels(
+    walked: Sequence[tuple[int, DraftTree, Sequence[int]]], acceptance: Mapping[str, FloatArray]
+) -> NodeLabels:
+    """Labels of all drafted nodes whose parent lies on the committed path, trimmed ones included.
+
+    Args:
+        walked: (row in the plan, drafted tree, committed tokens) of every request that committed.
+        acceptance: the plan's estimates.  # [num_sampling, num_keys] each
+    """
+    names = tuple(acceptance)
+    index = {name: i for i, name in enumerate(names)}
+    rows = [
+        (index[name], key, depth, request, row, hit)
+        for request, (row, tree, committed) in enumerate(walked)
+        for name, key, depth, hit in _tree_labels(tree, committed)
+    ]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+    drafter, key, depth, request, row, hit = table.T
+    predicted = np.empty(len(table))
+    for name, i in index.items():
+        mine = drafter == i
+        predicted[mine] = acceptance[name][row[mine], key[mine]]
+    return NodeLabels(names, drafter, key, depth, request, predicted, hit.astype(np.bool_))
+
+
+def _tree_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[tuple[str, int, int, bool]]:
+    """Drafter, key, depth and outcome of every labelled node."""
     if not len(tree):
         return
     on_path = {-1: 0}  # node -> number of committed tokens up to it
-    labelled: dict[int, bool] = {}
+    labelled: dict[int, tuple[int, bool]] = {}
     rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.key.tolist(), strict=True)
     for node, (token, parent, key) in enumerate(rows):
         depth = on_path.get(parent)
@@ -43,11 +80,11 @@ def node_labels(tree: DraftTree, committed: Sequence[int], salt: str = "") -> It
         hit = token == committed[depth]
         if hit:
             on_path[node] = depth + 1
-        labelled[node] = hit
-        yield NodeLabel(tree.drafter[node], key, hit, salt)
+        labelled[node] = (depth + 1, hit)
+        yield tree.drafter[node], key, depth + 1, hit
     for node, name, key in tree.shared:
         if node in labelled:
-            yield NodeLabel(name, key, labelled[node], salt)
+            yield name, key, *labelled[node]
 
 
 def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]:
@@ -69,9 +106,19 @@ def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]
 def _depths(drafts: DraftBatch) -> dict[str, int]:
     deepest: dict[str, int] = dict.fromkeys(drafts.seconds, 0)
     for tree in drafts.trees:
+        if not len(tree):
+            continue
         depths = tree.depths().tolist()
         for name, depth in zip(tree.drafter, depths, strict=True):
             deepest[name] = max(deepest.get(name, 0), depth)
         for node, name, _ in tree.shared:
             deepest[name] = max(deepest.get(name, 0), depths[node])
     return deepest
+
+
+def _gains(verified: DraftBatch, asked: Iterable[str]) -> dict[str, float]:
+    gains: dict[str, float] = dict.fromkeys(asked, 0.0)
+    for tree in verified.trees:
+        for name, survival in zip(tree.drafter, tree.survival.tolist(), strict=True):
+            gains[name] += survival
+    return gains

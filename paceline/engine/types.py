@@ -13,10 +13,11 @@ Conventions, stated once:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,15 +66,20 @@ class ScheduledBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPrice:
-    """What a verification slot costs in this step.
+class Candidates:
+    """Draft nodes of the whole batch that may be verified, best first, and how many are verified in any case."""
 
-    `times[n]` is the expected time in seconds of a forward with n draft nodes, `goodput` the long-run number of
-    tokens committed per second: n nodes are worth verifying while their survival exceeds `goodput * extra time`.
-    """
+    survival: FloatArray  # [n], descending by worth (weight times survival)
+    request: IntArray  # [n], row in `ScheduledBatch.sampling`
+    fixed: IntArray  # [num_sampling]
 
-    times: FloatArray  # [bucket + 1]
-    goodput: float
+
+class Cut(Protocol):
+    """A policy's answer to the trim stage: how many nodes are verified."""
+
+    def size(self, candidates: Candidates) -> int:
+        """The first so many candidates are worth verifying."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +87,28 @@ class SpecPlan:
     """How far each sampling request may look ahead, and what a node is believed to be worth.
 
     `budgets[i]` is the most nodes of the i-th request of `ScheduledBatch.sampling`; `drafters` are asked in this
-    order; `bucket` is the most nodes of the whole batch; `acceptance[salt][drafter][key]` is the estimated probability
-    that a node of that confidence class is accepted when its parent was. Without `price` the first `bucket` nodes by
-    survival are verified whatever they cost. `limits[drafter]` is the most nodes that drafter may propose for one
-    request.
+    order; `bucket` is the most nodes of the whole batch; `acceptance[drafter][i, key]` is the estimated probability
+    that a node of that confidence class is accepted for request i when its parent was. `limits[drafter][i]` is the
+    most nodes that drafter may propose for it. Without `cut` the best `bucket` nodes are verified whatever they cost.
     """
 
-    budgets: tuple[int, ...]
+    budgets: IntArray  # [num_sampling]
     drafters: tuple[str, ...]
     bucket: int
-    acceptance: Mapping[str, Mapping[str, FloatArray]]
-    limits: Mapping[str, int] = field(default_factory=dict)
-    price: StepPrice | None = None
+    acceptance: Mapping[str, FloatArray]  # [num_sampling, num_keys] each
+    limits: Mapping[str, IntArray] = field(default_factory=dict)  # [num_sampling] each
+    cut: Cut | None = None
+    fixed: frozenset[str] = frozenset()
+    """Drafters whose nodes are verified whatever the cut says."""
+    weights: FloatArray | None = None  # [num_sampling]
+    """What a token of each request is worth beside another's; None: all the same."""
+    observers: frozenset[str] | None = None
+    """Drafters that are shown what the step committed; None: all."""
 
     @property
     def looks_ahead(self) -> bool:
         """False selects the plain decode path."""
-        return self.bucket > 0 and any(self.budgets)
+        return self.bucket > 0 and bool(self.drafters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,8 @@ class DraftBatch:
 
     trees: tuple[DraftTree, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    slot_price: float | None = None
+    """Survival of the last node kept by a cut; 1 where none was worth its slot."""
 
     @property
     def num_nodes(self) -> int:
@@ -245,29 +258,66 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLabel:
-    """Whether a drafted node agreed with what was committed, given that its parent did."""
+class NodeLabels:
+    """Whether drafted nodes agreed with what was committed, given that their parents did.
 
-    drafter: str
-    key: int
-    accepted: bool
-    salt: str = ""
+    Nodes off the committed path have no label; trimmed nodes on it have one.
+    """
+
+    names: tuple[str, ...]
+    """The drafters."""
+    drafter: IntArray  # [n], index in `names`
+    key: IntArray  # [n], confidence class
+    depth: IntArray  # [n], 1 below the root
+    request: IntArray  # [n], row in `StepStats.requests`
+    predicted: FloatArray  # [n], the plan's estimate
+    accepted: BoolArray  # [n]
+
+    def __len__(self) -> int:
+        return len(self.key)
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What the next plan learns from a step."""
 
-    num_tokens: int
-    num_draft_nodes: int
-    num_committed: int
-    num_sampling: int
+    requests: tuple[Request, ...]
+    """Those that committed tokens."""
+    num_prompt_tokens: int
+    """Committed tokens in the forward beside the roots."""
+    num_context_tokens: int
+    """Tokens whose KV was read: the lengths of all sequences."""
+    num_sequences: int
+    committed: IntArray
+    """Tokens committed for each request.  # [len(requests)]"""
+    verified: IntArray
+    """Draft nodes verified for each request.  # [len(requests)]"""
     forward_seconds: float
     step_seconds: float
     draft_seconds: Mapping[str, float]
+    """Time each drafter that was asked took, its learning included."""
     draft_depths: Mapping[str, int]
     """Longest path each drafter proposed: the number of its forwards if it is a model."""
-    labels: Sequence[NodeLabel]
+    gains: Mapping[str, float]
+    """Tokens each drafter was expected to bring: the survival of its verified nodes."""
+    labels: NodeLabels
+    slot_price: float | None = None
+    """See `DraftBatch.slot_price`."""
+
+    @property
+    def num_sampling(self) -> int:
+        """Requests that committed tokens."""
+        return len(self.requests)
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens committed for all requests."""
+        return int(self.committed.sum())
+
+    @property
+    def num_draft_nodes(self) -> int:
+        """Draft nodes verified for all requests."""
+        return int(self.verified.sum())
 
 
 @dataclass(frozen=True, slots=True)

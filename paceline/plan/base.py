@@ -5,20 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from paceline.config import RequestSpeculation
-from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
+import numpy as np
 
-PLAIN = SpecPlan(budgets=(), drafters=(), bucket=0, acceptance={})
+from paceline.arrays import IntArray
+from paceline.engine.request import Request
+from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
+from paceline.plan.requests import RequestTable
+
+PLAIN = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={})
 """Look ahead by zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterLimits:
-    """What a policy must know of a drafter: its cap, and whether each token costs a forward of its own."""
+    """What a policy must know of a drafter: its cap, and whether each token costs a forward of its own.
+
+    `fixed` says that its nodes, up to `most` per request, are drafted and verified whatever the policy thinks.
+    """
 
     name: str
     most: int
     cost_per_token: bool
+    fixed: bool = False
 
 
 class LengthPolicy(Protocol):
@@ -32,25 +40,27 @@ class LengthPolicy(Protocol):
         """Take in a step's statistics."""
         ...
 
-
-def room(batch: ScheduledBatch, max_model_len: int, cap: int) -> tuple[int, ...]:
-    """Most nodes per sampling request: at most `cap` and what the request itself allows, and no path longer than
-    `max_tokens` and the context leave."""
-    return tuple(
-        max(
-            0,
-            min(
-                allowed(item.request.params.speculation, cap),
-                item.request.params.max_tokens - item.request.num_output - 1,
-                max_model_len - len(item.request.token_ids) - 1,
-            ),
-        )
-        for item in batch.sampling
-    )
+    def forget(self, request: Request) -> None:
+        """Drop the state of a finished request."""
+        ...
 
 
-def allowed(wish: RequestSpeculation | None, cap: int) -> int:
-    """`cap`, or less where the request asks for less."""
-    if wish is None:
-        return cap
-    return 0 if wish.off else cap if wish.cap is None else min(cap, wish.cap)
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The requests that commit tokens in a step, as arrays."""
+
+    requests: tuple[Request, ...]
+    rows: IntArray  # [num_sampling], in the request table
+    lengths: IntArray  # [num_sampling], committed tokens
+    room: IntArray  # [num_sampling], most draft nodes
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+def sampling(batch: ScheduledBatch, table: RequestTable, max_model_len: int, cap: int) -> Sampling:
+    """Read a batch; no request gets more than `cap` draft nodes."""
+    requests = tuple([item.request for item in batch.items if item.samples])
+    rows = table.rows(requests, max_model_len)
+    lengths = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
+    return Sampling(requests, rows, lengths, table.room(rows, lengths, cap))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from paceline.engine.request import Request
 from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
-from paceline.plan.base import PLAIN, DrafterLimits, room
+from paceline.plan.base import DrafterLimits, sampling
+from paceline.plan.lengths import plan_lengths
 from paceline.plan.survival import AcceptanceEstimates
 
 
@@ -18,17 +22,19 @@ class FixedLength:
     """
 
     def __init__(self, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates) -> None:
-        self._limits = {d.name: d.most for d in drafters}
+        self._drafters = tuple(drafters)
+        self._most = sum(d.most for d in drafters)
         self._estimates = estimates
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """The same plan in every step."""
-        total = sum(self._limits.values())
-        budgets = room(batch, max_model_len, total)
-        if not any(budgets):
-            return PLAIN
-        return SpecPlan(budgets, tuple(self._limits), sum(budgets), self._estimates.of_batch(batch), self._limits)
+        asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
+        return plan_lengths(asked, np.full(len(asked), self._most), self._drafters, self._estimates)
 
     def learn(self, stats: StepStats) -> None:
         """Keep the estimates current."""
-        self._estimates.learn(stats.labels)
+        self._estimates.learn(stats)
+
+    def forget(self, request: Request) -> None:
+        """Drop a finished request's estimates."""
+        self._estimates.forget(request)

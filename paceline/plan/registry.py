@@ -3,38 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from paceline.errors import SpeculationSpecError
-from paceline.plan.auto import AutoLength
 from paceline.plan.base import DrafterLimits, LengthPolicy
-from paceline.plan.fixed import FixedLength
-from paceline.plan.step_time import StepTime
+from paceline.plan.cost_model import CostModel
 from paceline.plan.survival import AcceptanceEstimates
 
-Measure = Callable[[], StepTime]
-POLICIES: dict[str, Callable[[Sequence[DrafterLimits], AcceptanceEstimates, Measure], LengthPolicy]] = {
-    "auto": lambda drafters, estimates, measure: AutoLength(drafters, estimates, measure()),
-    "fixed": lambda drafters, estimates, _: FixedLength(drafters, estimates),
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 10.0:
+        raise ValueError("must be between 0 and 10")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError("must be between 0 and 1")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """Where a policy lives, the options it takes, and whether it needs the cost model."""
+
+    path: str
+    options: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
+    priced: bool = False
+
+
+POLICIES: dict[str, PolicyEntry] = {
+    "auto": PolicyEntry("paceline.plan.goodput:GoodputLength", {"share": _share}, priced=True),
+    "bass": PolicyEntry("paceline.plan.bass:BassLength"),
+    "fixed": PolicyEntry("paceline.plan.fixed:FixedLength"),
+    "heuristic": PolicyEntry("paceline.plan.heuristic:HeuristicLength"),
+    "smartspec": PolicyEntry("paceline.plan.smartspec:SmartSpec", priced=True),
+    "smartspec-request": PolicyEntry("paceline.plan.smartspec_request:SmartSpecPerRequest", priced=True),
+    "threshold": PolicyEntry("paceline.plan.threshold:ThresholdLength", {"p": _probability}),
 }
 
 
-def check_policy(name: str, options: Mapping[str, str]) -> None:
-    """Refuse what no policy knows.
+def check_policy(name: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """The typed options of a policy.
 
     Raises:
-        SpeculationSpecError: an unknown policy, or an option it does not take.
+        SpeculationSpecError: an unknown policy, an option it does not take, or a value it cannot have.
     """
     if name not in POLICIES:
         raise SpeculationSpecError(
             f"unknown policy {name!r}.", field="speculation", fix=f"Known policies: {', '.join(POLICIES)}."
         )
-    unknown = sorted(set(options) - ({"k"} if name == "fixed" else set()))
-    if unknown:
-        raise SpeculationSpecError(f"policy {name} has no option {unknown[0]!r}.", field="speculation")
+    known = POLICIES[name].options
+    parsed: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in known:
+            fix = f"It takes: {', '.join(known)}." if known else "It takes none."
+            raise SpeculationSpecError(f"policy {name} has no option {key!r}.", field="speculation", fix=fix)
+        try:
+            parsed[key] = known[key](value)
+        except ValueError as error:
+            raise SpeculationSpecError(f"policy {name}: {key}={value} is impossible ({error}).") from error
+    return parsed
 
 
 def create_policy(
-    name: str, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates, measure: Measure
+    name: str,
+    options: Mapping[str, Any],
+    drafters: Sequence[DrafterLimits],
+    estimates: AcceptanceEstimates,
+    cost: Callable[[], CostModel],
 ) -> LengthPolicy:
-    """A policy that `check_policy` knows; `measure` is called only if it needs step times."""
-    return POLICIES[name](drafters, estimates, measure)
+    """A policy that `check_policy` knows, with its typed options; `cost` is called only if it needs step times."""
+    entry = POLICIES[name]
+    module, _, attribute = entry.path.partition(":")
+    more = (cost(),) if entry.priced else ()
+    policy: LengthPolicy = getattr(import_module(module), attribute)(drafters, estimates, *more, **options)
+    return policy

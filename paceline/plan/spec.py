@@ -4,7 +4,8 @@
     DRAFTER = name [":" key "=" value ("," key "=" value)*]
     POLICY  = name [":" key "=" value ...]
 
-`k=` fixes a drafter's length, `max=` caps it, without either the plan decides. Values that hold `,`, `+` or `@` are
+`k=` fixes a drafter's length, `max=` caps it, without either the plan decides; `ngram:k=4+recycling` always verifies
+the n-gram draft and lets the plan decide about the rest. Values that hold `,`, `+` or `@` are
 quoted. Which drafters and options exist is checked where they are built.
 """
 
@@ -60,12 +61,11 @@ def parse_speculation(text: str) -> SpeculationSpec:
         raise _error("'none' and 'auto' stand alone", text)
     if len({d.name for d in drafters}) != len(drafters):
         raise _error("a drafter is named twice", text)
-    fixed = [d.k is not None for d in drafters]
-    policy, options = _named(policies[0]) if policies else ("fixed" if all(fixed) else "auto", {})
+    all_fixed = all(d.k is not None for d in drafters)
+    policy, options = _named(policies[0]) if policies else ("fixed" if all_fixed else "auto", {})
     if policy == "fixed":
-        drafters = tuple(_with_default_k(d, options.get("k"), text) for d in drafters)
-    elif any(fixed):
-        raise _error("k= fixes a length and needs every drafter to have one; use max= to cap it instead", text)
+        default = options.pop("k", None)
+        drafters = tuple(_with_default_k(d, default, text) for d in drafters)
     return SpeculationSpec(text, drafters, policy, options)
 
 
@@ -111,8 +111,8 @@ def from_vllm_json(text: str) -> str:
 
 def _drafter(part: str) -> DrafterSpec:
     name, options = _named(part)
-    k = _whole(options.pop("k"), part) if "k" in options else None
-    maximum = _whole(options.pop("max"), part) if "max" in options else None
+    k = _whole(options.pop("k"), part, 0) if "k" in options else None
+    maximum = _whole(options.pop("max"), part, 0) if "max" in options else None
     if k is not None and maximum is not None:
         raise _error("k= and max= exclude each other", part)
     return DrafterSpec(name, k, maximum, options)
@@ -125,7 +125,7 @@ def _with_default_k(drafter: DrafterSpec, k: str | None, text: str) -> DrafterSp
         raise _error(f"policy fixed needs k= for drafter {drafter.name}", text)
     if drafter.maximum is not None:
         raise _error("policy fixed has no max=; give k=", text)
-    return DrafterSpec(drafter.name, _whole(k, text), None, drafter.options)
+    return DrafterSpec(drafter.name, _whole(k, text, 0), None, drafter.options)
 
 
 def _named(part: str) -> tuple[str, dict[str, str]]:
@@ -164,13 +164,13 @@ def _unquote(value: str) -> str:
     return value[1:-1] if len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'" else value
 
 
-def _whole(value: object, text: str) -> int:
+def _whole(value: object, text: str, least: int = 1) -> int:
     try:
         number = int(str(value))
     except ValueError:
-        number = 0
-    if isinstance(value, bool) or not 1 <= number <= MAX_LENGTH:
-        raise _error(f"{value!r} is not a whole number from 1 to {MAX_LENGTH}", text)
+        number = -1
+    if isinstance(value, bool) or not least <= number <= MAX_LENGTH:
+        raise _error(f"{value!r} is not a whole number from {least} to {MAX_LENGTH}", text)
     return number
 
 

@@ -129,7 +129,7 @@ class Scheduler:
             self._fit(item, tree) if len(tree) else tree
             for item, tree in zip(batch.sampling, drafts.trees, strict=True)
         )
-        return DraftBatch(trees, drafts.seconds)
+        return DraftBatch(trees, drafts.seconds, drafts.slot_price)
 
     def _fit(self, item: ScheduledRequest, tree: DraftTree) -> DraftTree:
         committed = len(item.request.token_ids)

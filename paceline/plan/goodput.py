@@ -1,0 +1,226 @@
+"""`auto`: the price of a verification slot decides how far every request looks ahead.
+
+A step that verifies the node set V is worth the expected tokens of V minus what its time would have brought elsewhere:
+
+    sum of w * s(v) over V  -  goodput * (T(committed + |V|, C) - T(committed, C))
+
+with the long-run goodput as the worth of a second (SmartSpec 2406.14066 generalised from one length to trees; the
+fixed point is Dinkelbach's for the ratio of tokens and time). All sizes of V are evaluated, since T may be a step
+function. The survival of the last node kept is the slot price. The prompt tokens of a mixed step are paid for by
+themselves, so they make its draft nodes neither cheap nor dear (the ratio of a single step would).
+
+No request pays for the others: its expected rate must not fall more than `share` below what it would have without
+look-ahead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.arrays import FloatArray, IntArray
+from paceline.engine.request import Request
+from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
+from paceline.plan.base import DrafterLimits, Sampling, sampling
+from paceline.plan.cost_model import CostModel
+from paceline.plan.requests import DEADLINE, WEIGHT
+from paceline.plan.survival import AcceptanceEstimates
+from paceline.plan.usage import Usage
+
+SHARE = 0.1
+"""Most that a step may be lengthened for the sake of some requests only."""
+_MAX_BUCKET = 1024
+_MEMORY = 0.97
+"""Weight of the goodput so far after each step."""
+_URGENCY = 8.0
+"""Most that a deadline multiplies a request's weight by."""
+
+
+@dataclass(frozen=True, slots=True)
+class PricedCut:
+    """The rule. `times[n]` are expected seconds of the step over n draft nodes."""
+
+    times: FloatArray  # [most + 1]
+    goodput: float
+    share: float
+    weights: FloatArray | None = None  # [num_sampling]
+
+    def size(self, candidates: Candidates) -> int:
+        """The number of candidates of greatest total worth."""
+        fixed = min(int(candidates.fixed.sum()), len(self.times) - 1)
+        times = self.times[fixed:]
+        most = min(len(candidates.survival), len(times) - 1)
+        if not most:
+            return 0
+        worth = candidates.survival[:most]
+        if self.weights is not None:
+            worth = worth * self.weights[candidates.request[:most]]
+        value = np.cumsum(worth) - self.goodput * (times[1 : most + 1] - times[0])
+        best = int(value.argmax())
+        return self._fair(best + 1, times, candidates) if value[best] > 0.0 else 0
+
+    def _fair(self, size: int, times: FloatArray, candidates: Candidates) -> int:
+        """The greatest size up to `size` at which nobody's expected rate falls by more than the share."""
+        requests = len(candidates.fixed)
+        while size:
+            gain = np.bincount(candidates.request[:size], candidates.survival[:size], minlength=requests).min()
+            limit = (1.0 + self.share) * (1.0 + gain) * times[0]
+            if times[size] <= limit:
+                break
+            size = int(np.searchsorted(times[:size], limit, side="right")) - 1
+        return max(size, 0)
+
+
+class Goodput:
+    """Long-run tokens per second by number of requests (finely told apart when they are few)."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, FloatArray] = {}  # level -> fading [tokens, seconds]
+
+    def at(self, requests: int, plain_seconds: float) -> float:
+        """Tokens per second that a second is worth; before any measurement, and at least, that of plain decoding."""
+        plain = requests / plain_seconds
+        sums = self._sums.get(_level(requests))
+        return plain if sums is None else max(float(sums[0] / sums[1]), plain)
+
+    def learn(self, requests: int, tokens: float, seconds: float) -> None:
+        """Take in a step."""
+        sums = self._sums.setdefault(_level(requests), np.zeros(2))
+        sums *= _MEMORY
+        sums += (tokens, seconds)
+
+
+class GoodputLength:
+    """The policy.
+
+    Args:
+        drafters: with `most` as their caps.
+        estimates: acceptance by class and request.
+        cost: what steps take.
+        share: most that a step may be lengthened for the sake of some requests only.
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[DrafterLimits],
+        estimates: AcceptanceEstimates,
+        cost: CostModel,
+        *,
+        share: float = SHARE,
+    ) -> None:
+        self._drafters = tuple(drafters)
+        self._most = sum(d.most for d in drafters)
+        self._estimates = estimates
+        self._cost = cost
+        self._share = share
+        self._goodput = Goodput()
+        self._usage = Usage()
+        self._step = 0
+
+    def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
+        """Who is asked, how far, and the price of this step."""
+        self._step += 1
+        asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
+        room = int(asked.room.sum())
+        if not room:
+            return _NOBODY
+        context = sum([item.start + item.num_tokens for item in batch.items])
+        most = min(room, _MAX_BUCKET)
+        times = self._cost.step_seconds(batch.num_tokens, most, len(batch.items), context)
+        goodput = self._goodput.at(len(asked), float(times[0]))
+        limits = self._limits(asked, times, goodput)
+        names = tuple(limits)
+        weights = self._weights(asked, goodput)
+        return SpecPlan(
+            budgets=asked.room,
+            drafters=names,
+            bucket=most,
+            acceptance=self._estimates.of_batch(asked.requests, asked.rows, names),
+            limits=limits,
+            cut=PricedCut(times, goodput, self._share, weights),
+            fixed=frozenset(d.name for d in self._drafters if d.fixed),
+            weights=weights,
+            observers=frozenset(names),
+        )
+
+    def learn(self, stats: StepStats) -> None:
+        """Update acceptance, costs, goodput, and what the drafters are worth."""
+        self._estimates.learn(stats)
+        self._cost.learn(stats)
+        requests = stats.num_sampling
+        if not requests:
+            return
+        seconds = stats.step_seconds
+        if stats.num_prompt_tokens:
+            seconds *= self._decode_share(stats)
+        self._goodput.learn(requests, stats.num_committed, seconds)
+        self._usage.learn(stats, self._goodput.at(requests, seconds))
+
+    def forget(self, request: Request) -> None:
+        """Drop a finished request's estimates."""
+        self._estimates.forget(request)
+
+    def _decode_share(self, stats: StepStats) -> float:
+        """The share of a mixed step's time that it would have taken without its prompt tokens."""
+        size = stats.num_sampling + stats.num_draft_nodes
+        sizes = np.array([size, size + stats.num_prompt_tokens], dtype=np.float64)
+        decode, mixed = self._cost.table_seconds(sizes, stats.num_sequences, stats.num_context_tokens)
+        return float(decode / mixed)
+
+    def _limits(self, asked: Sampling, times: FloatArray, goodput: float) -> dict[str, IntArray]:
+        """Most nodes of every drafter that is asked, by request."""
+        count = len(asked)
+        slots = np.arange(1, len(times), dtype=np.float64)
+        worthless = bool((slots <= goodput * (times[1:] - times[0])).all())
+        limits: dict[str, IntArray] = {}
+        for d in self._drafters:
+            if d.fixed:
+                depth = d.most
+            elif d.cost_per_token:
+                depth = self._depth(d, asked, times, goodput)
+            else:
+                wanted = self._usage.wanted(d.name, self._step, count, goodput, float(times[0]), worthless)
+                depth = d.most if wanted else 0
+            if depth:
+                limits[d.name] = np.full(count, depth, dtype=np.int64)
+        return limits
+
+    def _depth(self, drafter: DrafterLimits, asked: Sampling, times: FloatArray, goodput: float) -> int:
+        """The depth at which a draft model's next forward for the whole batch stops paying.
+
+        The expected tokens of a depth count only above the slot price that the whole draft would set.
+        """
+        count = len(asked)
+        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most)  # [count, depth]
+        ranked = -np.sort(-survival.ravel())[: len(times) - 1]
+        value = np.cumsum(ranked) - goodput * (times[1 : len(ranked) + 1] - times[0])
+        best = int(value.argmax())
+        price = ranked[best] if value[best] > 0.0 else 1.0
+        gains = np.maximum(survival - price, 0.0).sum(axis=0)  # [depth]
+        costs = [self._cost.draft_seconds(drafter.name, depth, count) for depth in range(drafter.most + 1)]
+        net = np.cumsum(gains - goodput * np.diff(costs)) - goodput * costs[0]
+        depth = int(net.argmax()) + 1 if net.max() > 0.0 else 0
+        if depth < drafter.most:
+            depth += self._usage.probe(drafter.name, self._step, costs[depth + 1] - costs[depth], float(times[0]))
+        return depth
+
+    def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
+        """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""
+        data = self._estimates.requests.data[asked.rows]
+        weights, deadlines = data[:, WEIGHT], data[:, DEADLINE]
+        if np.isfinite(deadlines).any():
+            left = np.array([r.params.max_tokens - r.num_output for r in asked.requests], dtype=np.float64)
+            seconds = np.maximum(deadlines - time.perf_counter(), 1e-3)
+            weights = weights * np.clip(left / seconds / (goodput / len(asked)), 1.0, _URGENCY)
+        return None if (weights == weights[0]).all() else weights / weights.mean()
+
+
+_NOBODY = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={}, observers=frozenset())
+"""Nobody may look ahead, and no drafter spends time on it."""
+
+
+def _level(requests: int) -> int:
+    return requests if requests <= 8 else 8 + round(6.0 * float(np.log2(requests / 8.0)))

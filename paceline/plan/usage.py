@@ -1,0 +1,91 @@
+"""Which drafters are asked: those that bring more than their time is worth, and the others now and then.
+
+What a drafter brings is the survival of its verified nodes; what it costs is measured. One that does not pay is asked
+in shadow, once in so many steps that its time stays a small share of the whole; its nodes are labelled, so that the
+estimates never go blind, and a shadow step in which it pays brings it back at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from paceline.engine.types import StepStats
+
+_FADE = 0.9
+_TRIALS = 8
+"""Steps in which a drafter is asked before it is judged."""
+_SHADOW_SHARE = 0.003
+"""Of all time, for one drafter that does not pay."""
+_MAX_PERIOD = 64
+
+
+class DrafterUse:
+    """One drafter's fading gain and cost, per sampling request of the steps in which it was asked."""
+
+    def __init__(self) -> None:
+        self.gain = 0.0
+        self.seconds = 0.0
+        self.asked = 0
+        self.last = 0
+
+    def pays(self, goodput: float) -> bool:
+        """Whether it brings more tokens than its time would; true until it was tried."""
+        return self.asked < _TRIALS or self.gain > goodput * self.seconds
+
+    def due(self, step: int, seconds: float, step_seconds: float) -> bool:
+        """Whether it is time for a look in shadow that takes `seconds`."""
+        period = math.ceil(seconds / (_SHADOW_SHARE * step_seconds))
+        return step - self.last >= min(max(period, 1), _MAX_PERIOD)
+
+    def learn(self, gain: float, seconds: float, goodput: float) -> None:
+        """Take in a step in which it was asked; values per sampling request."""
+        first = self.asked == 0
+        returning = not self.pays(goodput) and gain > goodput * seconds
+        self.gain = gain if first or returning else _FADE * self.gain + (1.0 - _FADE) * gain
+        self.seconds = seconds if first else _FADE * self.seconds + (1.0 - _FADE) * min(seconds, 4.0 * self.seconds)
+        self.asked += 1
+
+
+class Usage:
+    """The drafters of a policy."""
+
+    def __init__(self) -> None:
+        self._use: dict[str, DrafterUse] = {}
+
+    def wanted(self, name: str, step: int, requests: int, goodput: float, step_seconds: float, worthless: bool) -> bool:
+        """Whether to ask a drafter in this step.
+
+        Args:
+            name: the drafter.
+            step: number of the step.
+            requests: requests that sample in it.
+            goodput: tokens per second that time is worth.
+            step_seconds: expected time of the step without look-ahead.
+            worthless: not even a certain draft token would pay.
+        """
+        use = self._use.setdefault(name, DrafterUse())
+        if (use.pays(goodput) and not worthless) or use.due(step, use.seconds * requests, step_seconds):
+            use.last = step
+            return True
+        return False
+
+    def probe(self, name: str, step: int, seconds: float, step_seconds: float) -> bool:
+        """Whether a drafter that is planned by depth should look one token further than it pays, for `seconds`."""
+        use = self._use.setdefault(name, DrafterUse())
+        if use.due(step, seconds, step_seconds):
+            use.last = step
+            return True
+        return False
+
+    def learn(self, stats: StepStats, goodput: float) -> None:
+        """Take in gains and costs of those asked."""
+        requests = stats.num_sampling
+        if requests:
+            for name, seconds in stats.draft_seconds.items():
+                use = self._use.setdefault(name, DrafterUse())
+                use.learn(stats.gains.get(name, 0.0) / requests, seconds / requests, goodput)
+
+    def rates(self) -> Mapping[str, tuple[float, float]]:
+        """Expected tokens and seconds per request and step, by drafter."""
+        return {name: (use.gain, use.seconds) for name, use in self._use.items()}
