@@ -63,6 +63,8 @@ class Engine:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
         self.last_stats: StepStats | None = None
+        self.slot_price = 0.0
+        """Of the latest step in which a policy priced the draft nodes."""
         self._requests: dict[str, Request] = {}
         self._news: list[RequestOutput] = []
 
@@ -196,6 +198,8 @@ class Engine:
                 stages.drafting.observe(observation, shown)
             seconds = dict.fromkeys((d.name for d in shown if d.taps), time.perf_counter() - started)
         self.last_stats = step_stats(step, time.perf_counter() - step.started, seconds)
+        if self.last_stats.slot_price is not None:
+            self.slot_price = self.last_stats.slot_price
         if stages.policy is not None:
             stages.policy.learn(self.last_stats)
 

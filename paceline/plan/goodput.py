@@ -9,8 +9,10 @@ fixed point is Dinkelbach's for the ratio of tokens and time). All sizes of V ar
 function. The survival of the last node kept is the slot price. The prompt tokens of a mixed step are paid for by
 themselves, so they make its draft nodes neither cheap nor dear (the ratio of a single step would).
 
-No request pays for the others: its expected rate must not fall more than `share` below what it would have without
-look-ahead.
+Every node pays for the time of the whole batch, so no request's look-ahead costs the others more than it brings in
+all. What requests with a greater weight add beyond that may lengthen a step by `share` at most. With `protect` no
+request's expected rate may fall more than that share below what it would have without look-ahead, whatever that costs
+in goodput.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from paceline.plan.survival import AcceptanceEstimates
 from paceline.plan.usage import Usage
 
 SHARE = 0.1
-"""Most that a step may be lengthened for the sake of some requests only."""
+"""Most that a step may be lengthened for requests of greater weight."""
 _MAX_BUCKET = 1024
 _MEMORY = 0.97
 """Weight of the goodput so far after each step."""
@@ -46,28 +48,35 @@ class PricedCut:
     times: FloatArray  # [most + 1]
     goodput: float
     share: float
+    protect: float | None = None
     weights: FloatArray | None = None  # [num_sampling]
 
     def size(self, candidates: Candidates) -> int:
         """The number of candidates of greatest total worth."""
-        fixed = min(int(candidates.fixed.sum()), len(self.times) - 1)
-        times = self.times[fixed:]
-        most = min(len(candidates.survival), len(times) - 1)
-        if not most:
+        times = self.times[min(int(candidates.fixed.sum()), len(self.times) - 1) :]
+        survival = candidates.survival[: len(times) - 1]
+        if not len(survival):
             return 0
-        worth = candidates.survival[:most]
-        if self.weights is not None:
-            worth = worth * self.weights[candidates.request[:most]]
-        value = np.cumsum(worth) - self.goodput * (times[1 : most + 1] - times[0])
-        best = int(value.argmax())
-        return self._fair(best + 1, times, candidates) if value[best] > 0.0 else 0
+        if self.weights is None:
+            size = self._best(survival, times)
+        else:
+            fair = self._best(-np.sort(-survival), times)
+            longest = int(np.searchsorted(times, (1.0 + self.share) * times[fair], side="right")) - 1
+            size = min(self._best(survival * self.weights[candidates.request[: len(survival)]], times), longest)
+        return size if self.protect is None else self._protected(size, times, candidates)
 
-    def _fair(self, size: int, times: FloatArray, candidates: Candidates) -> int:
-        """The greatest size up to `size` at which nobody's expected rate falls by more than the share."""
+    def _best(self, worth: FloatArray, times: FloatArray) -> int:
+        value = np.cumsum(worth) - self.goodput * (times[1 : len(worth) + 1] - times[0])
+        best = int(value.argmax())
+        return best + 1 if value[best] > 0.0 else 0
+
+    def _protected(self, size: int, times: FloatArray, candidates: Candidates) -> int:
+        """The greatest size up to `size` at which nobody's expected rate falls too far."""
+        assert self.protect is not None, "checked by the caller"
         requests = len(candidates.fixed)
         while size:
             gain = np.bincount(candidates.request[:size], candidates.survival[:size], minlength=requests).min()
-            limit = (1.0 + self.share) * (1.0 + gain) * times[0]
+            limit = (1.0 + self.protect) * (1.0 + gain) * times[0]
             if times[size] <= limit:
                 break
             size = int(np.searchsorted(times[:size], limit, side="right")) - 1
@@ -100,7 +109,8 @@ class GoodputLength:
         drafters: with `most` as their caps.
         estimates: acceptance by class and request.
         cost: what steps take.
-        share: most that a step may be lengthened for the sake of some requests only.
+        share: most that a step may be lengthened, beyond what goodput asks for, for requests of greater weight.
+        protect: most that a request's expected rate may fall below plain decoding; None: goodput decides alone.
     """
 
     def __init__(
@@ -110,12 +120,14 @@ class GoodputLength:
         cost: CostModel,
         *,
         share: float = SHARE,
+        protect: float | None = None,
     ) -> None:
         self._drafters = tuple(drafters)
         self._most = sum(d.most for d in drafters)
         self._estimates = estimates
         self._cost = cost
         self._share = share
+        self._protect = protect
         self._goodput = Goodput()
         self._usage = Usage()
         self._step = 0
@@ -140,7 +152,7 @@ class GoodputLength:
             bucket=most,
             acceptance=self._estimates.of_batch(asked.requests, asked.rows, names),
             limits=limits,
-            cut=PricedCut(times, goodput, self._share, weights),
+            cut=PricedCut(times, goodput, self._share, self._protect, weights),
             fixed=frozenset(d.name for d in self._drafters if d.fixed),
             weights=weights,
             observers=frozenset(names),
@@ -191,17 +203,17 @@ class GoodputLength:
     def _depth(self, drafter: DrafterLimits, asked: Sampling, times: FloatArray, goodput: float) -> int:
         """The depth at which a draft model's next forward for the whole batch stops paying.
 
-        The expected tokens of a depth count only above the slot price that the whole draft would set.
+        A depth is worth the tokens that the best nodes down to it are expected to bring, after they have paid for
+        their slots and for the forwards that draft them.
         """
         count = len(asked)
         survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most)  # [count, depth]
-        ranked = -np.sort(-survival.ravel())[: len(times) - 1]
-        value = np.cumsum(ranked) - goodput * (times[1 : len(ranked) + 1] - times[0])
-        best = int(value.argmax())
-        price = ranked[best] if value[best] > 0.0 else 1.0
-        gains = np.maximum(survival - price, 0.0).sum(axis=0)  # [depth]
-        costs = [self._cost.draft_seconds(drafter.name, depth, count) for depth in range(drafter.most + 1)]
-        net = np.cumsum(gains - goodput * np.diff(costs)) - goodput * costs[0]
+        order = np.argsort(-survival, axis=None, kind="stable")[: len(times) - 1]
+        ranked, depths = survival.ravel()[order], order % drafter.most
+        taken = depths[None] <= np.arange(drafter.most)[:, None]  # [depth, nodes]
+        gain = np.cumsum(ranked * taken, axis=1) - goodput * (times[np.cumsum(taken, axis=1)] - times[0])
+        costs = np.array([self._cost.draft_seconds(drafter.name, d, count) for d in range(drafter.most + 1)])
+        net = np.maximum(gain.max(axis=1), 0.0) - goodput * costs[1:]
         depth = int(net.argmax()) + 1 if net.max() > 0.0 else 0
         if depth < drafter.most:
             depth += self._usage.probe(drafter.name, self._step, costs[depth + 1] - costs[depth], float(times[0]))

@@ -37,7 +37,7 @@ class PolicyEntry:
 
 
 POLICIES: dict[str, PolicyEntry] = {
-    "auto": PolicyEntry("paceline.plan.goodput:GoodputLength", {"share": _share}, priced=True),
+    "auto": PolicyEntry("paceline.plan.goodput:GoodputLength", {"share": _share, "protect": _share}, priced=True),
     "bass": PolicyEntry("paceline.plan.bass:BassLength"),
     "fixed": PolicyEntry("paceline.plan.fixed:FixedLength"),
     "heuristic": PolicyEntry("paceline.plan.heuristic:HeuristicLength"),

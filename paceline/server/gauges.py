@@ -32,6 +32,10 @@ class EngineGauges:
     """KV blocks of finished requests, kept for prefix hits and evicted when needed."""
     goodput: float
     """Tokens committed per second in the latest step; 0 when idle."""
+    look_ahead: float
+    """Draft tokens verified per request in the latest step; 0 when idle."""
+    slot_price: float
+    """What a draft token had to be worth to be verified in the latest step that looked ahead."""
 
 
 class GaugeCollector(Collector):
@@ -71,6 +75,14 @@ class GaugeCollector(Collector):
         yield blocks
         yield self._gauge(
             "paceline:goodput_tokens_per_second", "Tokens committed per second in the latest step.", state.goodput
+        )
+        yield self._gauge(
+            "paceline:look_ahead_tokens", "Draft tokens verified per request in the latest step.", state.look_ahead
+        )
+        yield self._gauge(
+            "paceline:slot_price",
+            "Survival of the last draft token that was worth verifying; 1 means that none is.",
+            state.slot_price,
         )
 
     def _gauge(self, name: str, text: str, value: float, **more: str) -> Metric:

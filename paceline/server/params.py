@@ -52,7 +52,7 @@ def sampling_params(
     if body.speculation is not None:
         wish = body.speculation
         drafters = None if wish.drafters is None else tuple(wish.drafters)
-        given["speculation"] = RequestSpeculation(wish.off, wish.cap, drafters)
+        given["speculation"] = RequestSpeculation(wish.off, wish.cap, drafters, wish.weight, wish.deadline)
     return SamplingParams(
         logit_bias=_logit_bias(body.logit_bias or {}),
         stop_token_ids=tuple(body.stop_token_ids or ()),

@@ -229,12 +229,14 @@ def _gauges(engine: Engine) -> EngineGauges:
     scheduler = engine.stages.scheduler
     counts = scheduler.blocks.counts()
     stats = engine.last_stats
-    goodput = stats.num_committed / stats.step_seconds if stats is not None and scheduler.has_work else 0.0
+    busy = stats if scheduler.has_work else None
     return EngineGauges(
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
         kv_blocks_total=scheduler.blocks.num_blocks,
         kv_blocks_used=counts.used,
         kv_blocks_cached=counts.cached,
-        goodput=goodput,
+        goodput=busy.num_committed / busy.step_seconds if busy else 0.0,
+        look_ahead=busy.num_draft_nodes / max(busy.num_sampling, 1) if busy else 0.0,
+        slot_price=engine.slot_price,
     )

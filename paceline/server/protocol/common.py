@@ -78,6 +78,12 @@ class SpeculationWish(Body):
     drafters: Annotated[list[str], Field(max_length=16)] | None = Field(
         None, description="Use only these of the engine's drafters."
     )
+    weight: Annotated[float, Field(ge=0.01, le=100.0)] = Field(
+        1.0, description="What a token of this request is worth beside another's when they compete for verification."
+    )
+    deadline: Annotated[float, Field(gt=0.0, le=1e9)] | None = Field(
+        None, description="Seconds after arrival by which the whole answer is wanted; who lags behind weighs more."
+    )
     metrics: bool = Field(False, description="Report `metrics.speculative_decoding` with the answer.")
 
 
