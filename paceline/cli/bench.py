@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-KINDS = ("spec",)
+KINDS = ("spec", "load", "replay")
 
 
 def register(subparsers: Any) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,17 @@ from paceline.model.loader import LoadedModel
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
 from paceline.plan.cost_model import CostTable
 
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256)
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+CONTEXTS = (512, 1024)
+SEQUENCES = (4, 16)
 _CONTEXT = 128
-_LONG_CONTEXT = 1024
-_SEQUENCES = (4, 16)
-_REPEATS = 4
+_REPEATS = 5
+_FIRST_SECONDS = 3.0
+"""After which no larger shape is begun: a slow machine measures fewer."""
+_BRIEF = 4.0
+"""Times of the shortest forward up to which one is measured again: where small differences matter."""
 _MAX_SECONDS = 6.0
+"""After which nothing is measured again."""
 
 Progress = Callable[[int, int], None]
 """Called with the measurements done and those that there may be."""
@@ -45,22 +51,35 @@ def cost_table(
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> CostTable:
     """The costs of this model on this machine: remembered, or measured now and remembered."""
-    key = profile_key(loaded)
-    known = load_profile(key)
+    known = load_profile(profile_key(loaded, blocks, max_model_len))
     if known is not None:
         return known
-    table = measure_costs(
-        runner, blocks, max_model_len, lambda done, total: on_progress(f"measuring step times ({done}/{total})")
+    return new_cost_table(
+        loaded,
+        runner,
+        blocks,
+        max_model_len,
+        lambda done, total: on_progress(f"measuring step times ({done}/{total})"),
     )
-    table = replace(table, about={**key.describe(), "model": loaded.name})
+
+
+def new_cost_table(
+    loaded: LoadedModel, runner: ModelRunner, blocks: BlockManager, max_model_len: int, on_progress: Progress
+) -> CostTable:
+    """The costs of this model on this machine, measured now and remembered."""
+    key = profile_key(loaded, blocks, max_model_len)
+    table = measure_costs(runner, blocks, max_model_len, on_progress)
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    table = replace(table, about={"model": loaded.name, "measured_at": made, **key.describe(), **table.about})
     save_profile(key, table)
     return table
 
 
-def profile_key(loaded: LoadedModel) -> ProfileKey:
+def profile_key(loaded: LoadedModel, blocks: BlockManager, max_model_len: int) -> ProfileKey:
     """What the costs of a model depend on."""
     device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else ""
-    return ProfileKey.of(loaded.config.to_dict(), str(loaded.dtype).removeprefix("torch."), device)
+    longest = min(max_model_len, blocks.num_blocks * blocks.block_size, _CONTEXT + SIZES[-1])
+    return ProfileKey.of(loaded.config.to_dict(), str(loaded.dtype).removeprefix("torch."), device, longest)
 
 
 def measure_costs(
@@ -68,40 +87,55 @@ def measure_costs(
 ) -> CostTable:
     """Time forwards of many shapes and keep the fastest of each; the blocks used are given back.
 
-    Rounds over all shapes are interleaved, so that a busy moment of the machine hits all alike, and end after a few
-    seconds even on a slow one. The cache's content does not matter for the time.
+    Shapes are measured in turn and then again, so that a busy moment of the machine hits all alike. Small ones come
+    first, and a slow machine leaves out large ones and repeats. The cache's content does not matter for the time.
 
     Raises:
-        MemoryError: the KV cache cannot hold a single short sequence.
+        MemoryError: the KV cache cannot hold a short sequence.
     """
     capacity = blocks.num_available * blocks.block_size
     context = min(_CONTEXT, max_model_len // 2, capacity // 2)
-    shapes = list(_shapes(context, max_model_len, capacity, blocks.block_size))
-    times: dict[Shape, float] = {}
-    started = time.perf_counter()
+    shapes = _shapes(context, min(max_model_len, capacity), blocks.blocks_for, blocks.num_available)
     with _tables(blocks, shapes) as tables:
-        _run(runner, tables, shapes[0])  # a first forward pays for what is set up once
-        for repeat in range(_REPEATS):
-            for i, shape in enumerate(shapes):
-                seconds = _run(runner, tables, shape)
-                times[shape] = min(seconds, times.get(shape, seconds))
-                on_progress(repeat * len(shapes) + i + 1, _REPEATS * len(shapes))
-            if time.perf_counter() - started > _MAX_SECONDS:
-                break
+        times = _time(lambda shape: _run(runner, tables, shape), shapes, on_progress)
     return _fit(times, context)
 
 
-def _shapes(context: int, max_model_len: int, capacity: int, block_size: int) -> Iterator[Shape]:
-    room = min(max_model_len, capacity)
-    for n in SIZES:
-        if context + n <= room:
-            yield Shape(n, 1, context)
-    for sequences in _SEQUENCES:
-        if sequences * (-(-(context + 1) // block_size)) * block_size <= capacity:
-            yield Shape(1, sequences, context)
-    longer = min(_LONG_CONTEXT, room - 1)
-    if longer >= 2 * context:
-        yield Shape(1, 1, longer)
+def _time(run: Callable[[Shape], float], shapes: Sequence[Shape], on_progress: Progress) -> dict[Shape, float]:
+    """The fastest time of each shape that there was time for."""
+    started = time.perf_counter()
+    run(shapes[0])  # a first forward pays for what is set up once
+    times: dict[Shape, float] = {}
+    for shape in shapes:
+        if len(times) >= 2 and time.perf_counter() - started > _FIRST_SECONDS:
+            break
+        times[shape] = run(shape)
+        on_progress(len(times), _REPEATS * len(shapes))
+    measured, limit = list(times), _BRIEF * min(times.values())
+    last = max(i for i, shape in enumerate(measured) if times[shape] <= limit)  # one before it met a busy moment
+    again = measured[: last + 1] * (_REPEATS - 1)
+    total = len(times) + len(again)
+    for done, shape in enumerate(again, start=len(times) + 1):
+        if time.perf_counter() - started > _MAX_SECONDS:
+            on_progress(total, total)
+            break
+        times[shape] = min(times[shape], run(shape))
+        on_progress(done, total)
+    return times
+
+
+def _shapes(context: int, room: int, blocks_for: Callable[[int], int], num_blocks: int) -> list[Shape]:
+    """What to time where one sequence may have `room` tokens, in ascending order of new tokens."""
+    shapes = [Shape(n, 1, context) for n in SIZES if context + n <= room]
+    longest = max((s.tokens for s in shapes), default=1) + context
+    for length in CONTEXTS:
+        if 2 * context <= length < room:
+            shapes.append(Shape(1, 1, length))
+            longest = max(longest, length + 1)
+    for sequences in SEQUENCES:
+        if blocks_for(longest) + (sequences - 1) * blocks_for(context + 1) <= num_blocks:
+            shapes.append(Shape(1, sequences, context))
+    return sorted(shapes, key=lambda s: (s.tokens * s.sequences, s.context)) or [Shape(1, 1, context)]
 
 
 def _fit(times: dict[Shape, float], context: int) -> CostTable:
@@ -110,13 +144,24 @@ def _fit(times: dict[Shape, float], context: int) -> CostTable:
     if len(chains) == 1:
         chains[2 * next(iter(chains))] = 2.0 * next(iter(chains.values()))
     sizes, seconds = np.array(sorted(chains)), np.array([chains[n] for n in sorted(chains)])
-    longer = [(s.context - context, t - seconds[0]) for s, t in times.items() if s.context > context]
-    per_context = max(0.0, *(extra / tokens for tokens, extra in longer)) if longer else 0.0
+    longer = [(s.context, t) for s, t in times.items() if s.context > context]
+    per_context = max(0.0, _slope([(context, float(seconds[0])), *longer])) if longer else 0.0
     wide = [(s.sequences, t) for s, t in times.items() if s.sequences > 1]
     own = [(t - float(np.interp(n, sizes, seconds))) / (n - 1) for n, t in wide]
     per_sequence = max(0.0, float(np.median(own)) - per_context * context) if own else 0.0
     bare = np.maximum(seconds - per_context * context, 0.1 * seconds)
-    return CostTable(tuple(sizes.tolist()), tuple(bare.tolist()), per_sequence, per_context)
+    about: dict[str, Any] = {
+        "context": context,
+        "measured_tokens": [[int(n), float(t)] for n, t in zip(sizes, seconds, strict=True)],
+        "measured_context": [[c, t] for c, t in sorted([(context, float(seconds[0])), *longer])],
+        "measured_sequences": [[n, t] for n, t in sorted(wide)],
+    }
+    return CostTable(tuple(sizes.tolist()), tuple(bare.tolist()), per_sequence, per_context, about=about)
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    x, y = np.array(points, dtype=np.float64).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 @contextmanager
@@ -135,6 +180,7 @@ def _tables(blocks: BlockManager, shapes: Sequence[Shape]) -> Iterator[list[list
 
 
 def _run(runner: ModelRunner, tables: list[list[int]], shape: Shape) -> float:
+    """Seconds of one forward, its logits read."""
     started = time.perf_counter()
     positions = np.arange(shape.context, shape.context + shape.tokens)
     sequences = tuple(

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,21 +34,28 @@ class ProfileKey:
     dtype: str
     machine: str
     threads: int
+    longest: int
+    """Longest sequence that could be measured, where a model or its KV cache is too short for all shapes."""
     torch: str
     transformers: str
     paceline: str
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], dtype: str, gpu: str) -> ProfileKey:
+    def of(cls, config: Mapping[str, Any], dtype: str, gpu: str, longest: int) -> ProfileKey:
         """The key of a model configuration on this machine; `gpu` is empty on a CPU."""
         from paceline import __version__
 
         shape = {key: value for key, value in config.items() if key not in _NOT_SHAPE}
         text = json.dumps(shape, sort_keys=True, default=str)
-        machine = gpu or f"{platform.node()} {platform.machine()} {os.cpu_count()} cores"
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return cls(
-            digest, dtype, machine, torch.get_num_threads(), torch.__version__, transformers.__version__, __version__
+            shape=hashlib.sha256(text.encode()).hexdigest()[:16],
+            dtype=dtype,
+            machine=gpu or _cpu(),
+            threads=torch.get_num_threads(),
+            longest=longest,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            paceline=__version__,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -69,8 +77,8 @@ def load_profile(key: ProfileKey) -> CostTable | None:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(kept, dict) or kept.get("key") != key.describe():
             raise InputError("belongs to another model or machine.", field="key")
-        return CostTable.from_json(kept.get("table"))
-    except (OSError, ValueError, InputError) as error:
+        return CostTable.from_json(kept.get("table"), "table")
+    except (OSError, ValueError, RecursionError, InputError) as error:
         logger.warning("the cost profile %s cannot be used (%s); measuring again", path, error)
         return None
 
@@ -80,8 +88,18 @@ def save_profile(key: ProfileKey, table: CostTable) -> None:
     path = key.path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump({"key": key.describe(), "table": table.to_json()}, file)
-        os.replace(file.name, path)
+        # Written aside and renamed, so that no reader sees half a file.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            part.write_text(json.dumps({"key": key.describe(), "table": table.to_json()}), encoding="utf-8")
+            os.replace(part, path)
     except OSError as error:
         logger.info("the cost profile cannot be kept in %s (%s)", path.parent, error)
+
+
+def _cpu() -> str:
+    """The processor and the cores this process may use. The host's name would not do: containers change it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {cores} cores"
