@@ -1,11 +1,13 @@
 """Prompt lookup (LLMA 2304.04487; Saxena 2023): continue as the text did after the last occurrence of its ending.
 
-Confidence class: the length of the match, grown by one per drafted token (an accepted token makes the match longer).
+Confidence class: how long the match is (looked up by a few tokens, then followed back), grown by one per drafted token
+since an accepted token makes it longer; and whether the occurrence before the last one had gone on in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +16,22 @@ from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
 from paceline.errors import SpeculationSpecError
 
-MAX_KEY = 15
+LENGTH_CLASSES = 16
+_LONGEST_MATCH = 40
+_FIRST_NODE = np.linspace(0.3, 0.9, LENGTH_CLASSES)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """`at`: index after the last earlier occurrence; `length`: tokens that agree, 0 without a match; `precedent`: 0
+    without a still earlier occurrence, 1 if that went on in the same way, 2 if it did not."""
+
+    at: int = -1
+    length: int = 0
+    precedent: int = 0
+
+
+NO_MATCH = Match()
 
 
 class NgramIndex:
@@ -25,7 +42,7 @@ class NgramIndex:
 
     def __init__(self, shortest: int, longest: int) -> None:
         self._lengths = range(longest, shortest - 1, -1)
-        self._last: dict[tuple[int, ...], int] = {}
+        self._last: dict[tuple[int, ...], tuple[int, int]] = {}  # n-gram -> (index after it, precedent)
         self.tokens: list[int] = []
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -35,17 +52,20 @@ class NgramIndex:
             if end:
                 for n in self._lengths:
                     if n <= end:
-                        self._last[tuple(self.tokens[end - n : end])] = end
+                        ngram = tuple(self.tokens[end - n : end])
+                        before = self._last.get(ngram)
+                        precedent = 0 if before is None else 1 if self.tokens[before[0]] == token else 2
+                        self._last[ngram] = end, precedent
             self.tokens.append(token)
 
-    def find(self, ending: Sequence[int]) -> tuple[int, int]:
-        """(index after the last earlier occurrence, match length) of the longest indexed end of `ending`."""
+    def find(self, ending: Sequence[int]) -> Match:
+        """The last earlier occurrence of the longest indexed end of `ending`."""
         for n in self._lengths:
             if n <= len(ending):
-                at = self._last.get(tuple(ending[len(ending) - n :]))
-                if at is not None:
-                    return at, n
-        return -1, 0
+                found = self._last.get(tuple(ending[len(ending) - n :]))
+                if found is not None:
+                    return Match(found[0], n, found[1])
+        return NO_MATCH
 
 
 class NgramDrafter:
@@ -73,7 +93,7 @@ class NgramDrafter:
             )
         self._bounds = (lookup_min, lookup_max)
         self._indexes: dict[Request, NgramIndex] = {}
-        self.prior = np.linspace(0.3, 0.9, MAX_KEY + 1)
+        self.prior = np.concatenate([_FIRST_NODE, 0.5 + 0.5 * _FIRST_NODE, 0.7 * _FIRST_NODE])
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """One chain per request that finds its ending again."""
@@ -83,8 +103,13 @@ class NgramDrafter:
         index = self._indexes.setdefault(context.request, NgramIndex(*self._bounds))
         tokens = context.request.token_ids
         index.extend(tokens[len(index.tokens) :])
-        at, length = index.find(tokens[-self._bounds[1] :])
-        return continuation(tokens, at, length, context.budget)
+        match = index.find(tokens[-self._bounds[1] :])
+        if not match.length or context.budget < 1:
+            return NOTHING
+        drafted = tokens[match.at : match.at + context.budget]
+        first = LENGTH_CLASSES * match.precedent
+        length = follow_back(tokens, match)
+        return chain(drafted, [first + length_class(length + depth) for depth in range(len(drafted))])
 
     def observe(self, observation: Observation) -> None:
         """Nothing to learn: the committed tokens are read at the next proposal."""
@@ -94,9 +119,17 @@ class NgramDrafter:
         self._indexes.pop(request, None)
 
 
-def continuation(tokens: Sequence[int], at: int, length: int, budget: int) -> Proposal:
-    """The chain `tokens[at : at + budget]`, classed by match length."""
-    drafted = tokens[at : at + budget] if length else ()
-    if not drafted:
-        return NOTHING
-    return chain(drafted, [min(length + depth, MAX_KEY) for depth in range(len(drafted))])
+def follow_back(tokens: Sequence[int], match: Match) -> int:
+    """How many tokens before `match.at` agree with the end of `tokens`."""
+    length, end = match.length, len(tokens)
+    longest = min(match.at, _LONGEST_MATCH)
+    while length < longest and tokens[match.at - length - 1] == tokens[end - length - 1]:
+        length += 1
+    return length
+
+
+def length_class(length: int) -> int:
+    """Class of a match of this many tokens: exact up to 10, then in growing intervals.  # 0 .. LENGTH_CLASSES - 1"""
+    if length <= 10:
+        return length
+    return min(11 + (length > 13) + (length > 17) + (length > 24) + (length > 33), LENGTH_CLASSES - 1)

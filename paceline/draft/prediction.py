@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paceline.draft.base import NOTHING, DraftContext, Proposal
-from paceline.draft.ngram import MAX_KEY, NgramIndex, continuation
+from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
+from paceline.draft.ngram import LENGTH_CLASSES, NgramIndex, length_class
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
 
@@ -24,7 +24,7 @@ class _State:
         self.index = NgramIndex(*_LOOKUP)
         self.index.extend(request.prediction_ids)
         self.cursor = 0  # index in the prediction of the token expected next
-        self.run = MAX_KEY // 2  # predicted tokens confirmed in a row
+        self.run = 7  # predicted tokens confirmed in a row
         self.prompt_len = self.read = request.prompt_len
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -35,8 +35,8 @@ class _State:
                 self.cursor += 1
                 self.run += 1
             else:
-                at, length = self.index.find(tokens[max(self.prompt_len, i + 1 - _LOOKUP[1]) : i + 1])
-                self.cursor, self.run = (at, length) if length else (self.cursor + 1, 0)
+                match = self.index.find(tokens[max(self.prompt_len, i + 1 - _LOOKUP[1]) : i + 1])
+                self.cursor, self.run = (match.at, match.length) if match.length else (self.cursor + 1, 0)
         self.read = len(tokens)
 
 
@@ -50,7 +50,7 @@ class PredictionDrafter:
 
     def __init__(self) -> None:
         self._states: dict[Request, _State] = {}
-        self.prior = np.linspace(0.4, 0.98, MAX_KEY + 1)
+        self.prior = np.linspace(0.4, 0.98, LENGTH_CLASSES)
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """The next predicted tokens of every request that has a prediction."""
@@ -62,7 +62,9 @@ class PredictionDrafter:
             self._states[request] = _State(request)
         state = self._states[request]
         state.follow(request.token_ids)
-        return continuation(state.index.tokens, state.cursor, max(state.run, 1), context.budget)
+        drafted = state.index.tokens[state.cursor : state.cursor + max(context.budget, 0)]
+        run = max(state.run, 1)
+        return chain(drafted, [length_class(run + depth) for depth in range(len(drafted))]) if drafted else NOTHING
 
     def observe(self, observation: Observation) -> None:
         """Nothing to learn: the committed tokens are read at the next proposal."""

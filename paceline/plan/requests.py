@@ -18,7 +18,7 @@ class RequestTable:
     """Rows of the requests that are running.
 
     Args:
-        offsets: columns for the survival estimates, one per drafter.
+        offsets: columns for the records that the survival estimates keep.
     """
 
     def __init__(self, offsets: int) -> None:

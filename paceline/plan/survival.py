@@ -1,10 +1,8 @@
-"""Online estimates of acceptance: by drafter and confidence class, and by request.
+"""Online estimates of acceptance: by drafter and confidence class, corrected by each request's own record.
 
 A class's estimate is (prior + accepted) / (prior weight + seen). Old evidence fades with every step that brings new
 evidence for the class, so a drafter's overconfidence and a change of topic show within dozens of steps, and a busy
-batch makes the estimate sharper rather than shorter-lived. What distinguishes a request from the others of its kind
-is one number per drafter, added to the log-odds of all classes and pulled towards what its own labels say (online
-logistic regression with a fading intercept).
+batch makes the estimate sharper rather than shorter-lived. What distinguishes a request from others is `record.py`.
 
 Evidence is kept per tenant salt, so that nobody can read from timing what others generate.
 """
@@ -13,34 +11,32 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.engine.request import Request
 from paceline.engine.types import NodeLabels, StepStats
+from paceline.plan.record import MEMORIES, RecordWeights, updated
 from paceline.plan.requests import FIRST_OFFSET, RequestTable
 
 _FADE = 0.98
 """Weight of a class's evidence after each step that labels it: a memory of about 50 steps."""
 _PRIOR_WEIGHT = 4.0
-_PULL = 0.3
-_OFFSET_FADE = 0.95
-_MAX_OFFSET = 3.0
 _MAX_TENANTS = 256
 _MAX_DEPTH = 32
 _CERTAIN = 1e-9
 """Estimates stay this far from 0 and 1."""
 
 
-@dataclass(eq=False, slots=True)
 class _Evidence:
-    """Fading counts of one tenant: [seen, accepted] by class, and by depth."""
+    """What is known of one tenant: fading counts [seen, accepted] by class and by depth, and the records' weights."""
 
-    classes: FloatArray  # [2, all drafters' classes]
-    depths: FloatArray  # [2, drafters, _MAX_DEPTH]
-    odds: FloatArray | None = field(default=None)  # [all drafters' classes], until the next label
+    def __init__(self, classes: int, drafters: int) -> None:
+        self.classes = np.zeros((2, classes))
+        self.depths = np.zeros((2, drafters, _MAX_DEPTH))
+        self.weights = RecordWeights(drafters)
+        self.odds: FloatArray | None = None  # [classes], until the next label
 
 
 class AcceptanceEstimates:
@@ -52,8 +48,8 @@ class AcceptanceEstimates:
 
     def __init__(self, priors: Mapping[str, FloatArray]) -> None:
         self.names = tuple(priors)
+        self.requests = RequestTable(MEMORIES * len(priors))
         self._index = {name: i for i, name in enumerate(priors)}
-        self.requests = RequestTable(len(priors))
         self._prior = np.concatenate([np.asarray(p, dtype=np.float64) for p in priors.values()] or [np.empty(0)])
         ends = np.cumsum([len(p) for p in priors.values()], dtype=np.int64)
         self._start = np.concatenate([[0], ends[:-1]]).astype(np.int64)
@@ -64,8 +60,9 @@ class AcceptanceEstimates:
 
     def of_batch(self, requests: Sequence[Request], rows: IntArray, names: Iterable[str]) -> dict[str, FloatArray]:
         """The estimates of some drafters.  # [len(requests), num_keys] each"""
-        factors = np.exp(self.requests.data[rows, FIRST_OFFSET:])  # [requests, drafters]
-        odds = self._odds_of_batch(requests)  # [requests or 1, classes]
+        salts = _salts(requests)
+        factors = self._factors(salts, rows)
+        odds = np.stack([self._odds(salt) for salt in salts])  # [requests or 1, classes]
         found: dict[str, FloatArray] = {}
         for name in names:
             i = self._index[name]
@@ -76,13 +73,12 @@ class AcceptanceEstimates:
     def by_depth(self, name: str, requests: Sequence[Request], rows: IntArray, depth: int) -> FloatArray:
         """Survival of a chain's nodes, whatever their classes will be.  # [len(requests), depth]"""
         i = self._index[name]
-        factors = np.exp(self.requests.data[rows, FIRST_OFFSET + i])  # [requests]
+        salts = _salts(requests)
         typical = np.clip(self._prior[self._slices[name]].mean(), _CERTAIN, 1.0 - _CERTAIN)
-        chances = []
-        for request in requests if len({r.salt for r in requests}) > 1 else requests[:1]:
-            seen, accepted = self._of(request.salt).depths[:, i, :depth]
-            chances.append((_PRIOR_WEIGHT * typical + accepted) / (_PRIOR_WEIGHT + seen))
-        odds = _odds(np.array(chances)) * factors[:, None]
+        deep = np.minimum(np.arange(depth), _MAX_DEPTH - 1)
+        counts = np.stack([self._of(salt).depths[:, i, deep] for salt in salts])  # [requests or 1, 2, depth]
+        odds = _odds((_PRIOR_WEIGHT * typical + counts[:, 1]) / (_PRIOR_WEIGHT + counts[:, 0]))
+        odds = odds * self._factors(salts, rows)[:, i : i + 1]
         return np.asarray(np.cumprod(odds / (1.0 + odds), axis=1))
 
     def tables(self, salt: str = "") -> dict[str, FloatArray]:
@@ -96,50 +92,57 @@ class AcceptanceEstimates:
         if not len(labels):
             return
         drafter = np.array([self._index[name] for name in labels.names])[labels.drafter]
-        columns = (drafter, labels.key, labels.depth, labels.accepted)
-        salts = {request.salt for request in stats.requests}
-        if len(salts) == 1:
-            self._count(self._of(salts.pop()), *columns)
-        else:
-            number = {salt: i for i, salt in enumerate(salts)}
-            by_request = np.array([number[request.salt] for request in stats.requests])[labels.request]
-            for salt in salts:
-                mine = by_request == number[salt]
-                self._count(self._of(salt), *(column[mine] for column in columns))
-        self._pull(stats.requests, drafter, labels)
+        rows = self.requests.known(stats.requests)
+        typical = np.empty(len(labels))
+        salts = _salts(stats.requests)
+        everyone = len(salts) == 1
+        for salt in dict.fromkeys(salts):
+            mine = slice(None) if everyone else np.array([s == salt for s in salts])[labels.request]
+            typical[mine] = self._learn(salt, labels, drafter, rows, mine)
+        surprise: FloatArray = labels.accepted - typical
+        self._record(rows, labels.request * len(self.names) + drafter, surprise)
 
     def forget(self, request: Request) -> None:
-        """Drop a finished request's own number."""
+        """Drop a finished request's record."""
         self.requests.forget(request)
 
-    def _count(
-        self, evidence: _Evidence, drafter: IntArray, key: IntArray, depth: IntArray, accepted: BoolArray
-    ) -> None:
-        place = self._start[drafter] + key
+    def _learn(
+        self, salt: str, labels: NodeLabels, drafter: IntArray, rows: IntArray, mine: slice | BoolArray
+    ) -> FloatArray:
+        """Count one tenant's labels; what was typical of their classes before.  # [labels of this tenant]"""
+        evidence = self._of(salt)
+        drafter, accepted = drafter[mine], labels.accepted[mine]
+        record = self._records(rows)[labels.request[mine], drafter]
+        evidence.weights.learn(drafter, record, labels.predicted[mine], accepted)
+        place = self._start[drafter] + labels.key[mine]
+        seen, hits = evidence.classes[:, place]
+        typical: FloatArray = (_PRIOR_WEIGHT * self._prior[place] + hits) / (_PRIOR_WEIGHT + seen)
         _fade_and_add(evidence.classes, place, accepted)
-        flat = evidence.depths.reshape(2, -1)
-        _fade_and_add(flat, drafter * _MAX_DEPTH + np.minimum(depth, _MAX_DEPTH) - 1, accepted)
+        depth = np.minimum(labels.depth[mine], _MAX_DEPTH) - 1
+        _fade_and_add(evidence.depths.reshape(2, -1), drafter * _MAX_DEPTH + depth, accepted)
         evidence.odds = None
+        return typical
 
-    def _pull(self, requests: Sequence[Request], drafter: IntArray, labels: NodeLabels) -> None:
-        """Move each request's number along the gradient of its labels' likelihood."""
-        drafters = len(self.names)
-        place = labels.request * drafters + drafter
-        error = np.bincount(place, labels.accepted - labels.predicted, minlength=len(requests) * drafters)
-        touched = (np.bincount(place, minlength=len(error)) > 0).reshape(len(requests), drafters)
-        rows = self.requests.known(requests)
-        if (rows < 0).any():
-            keep = rows >= 0
-            rows, touched, error = rows[keep], touched[keep], error.reshape(-1, drafters)[keep]
-        offset = self.requests.data[rows, FIRST_OFFSET:]
-        moved = np.clip(_OFFSET_FADE * offset + _PULL * error.reshape(-1, drafters), -_MAX_OFFSET, _MAX_OFFSET)
-        self.requests.data[rows, FIRST_OFFSET:] = np.where(touched, moved, offset)
+    def _record(self, rows: IntArray, place: IntArray, surprise: FloatArray) -> None:
+        """Add surprises to the requests' records; `place` is request * drafters + drafter."""
+        shape = (len(rows), len(self.names))
+        size = shape[0] * shape[1]
+        touched = np.bincount(place, minlength=size).reshape(shape) > 0
+        added = np.bincount(place, surprise, minlength=size).astype(np.float64).reshape(shape)
+        new = updated(self._records(rows), added, touched)
+        planned = rows >= 0
+        self.requests.data[rows[planned], FIRST_OFFSET:] = new[planned].reshape(-1, MEMORIES * shape[1])
 
-    def _odds_of_batch(self, requests: Sequence[Request]) -> FloatArray:
-        salts = [request.salt for request in requests]
-        if len(set(salts)) == 1:
-            return self._odds(salts[0])[None]
-        return np.stack([self._odds(salt) for salt in salts])
+    def _records(self, rows: IntArray) -> FloatArray:
+        return self.requests.data[rows, FIRST_OFFSET:].reshape(len(rows), len(self.names), MEMORIES)
+
+    def _factors(self, salts: Sequence[str], rows: IntArray) -> FloatArray:
+        """What each request's record multiplies its odds by.  # [requests, drafters]"""
+        records = self._records(rows)
+        if len(salts) == 1:
+            return np.asarray(np.exp(self._of(salts[0]).weights.offsets(records)))
+        each = [self._of(salt).weights.offsets(record) for salt, record in zip(salts, records, strict=True)]
+        return np.exp(np.stack(each))
 
     def _odds(self, salt: str) -> FloatArray:
         evidence = self._of(salt)
@@ -150,13 +153,17 @@ class AcceptanceEstimates:
 
     def _of(self, salt: str) -> _Evidence:
         if salt not in self._evidence:
-            self._evidence[salt] = _Evidence(
-                np.zeros((2, len(self._prior))), np.zeros((2, len(self.names), _MAX_DEPTH))
-            )
+            self._evidence[salt] = _Evidence(len(self._prior), len(self.names))
             if len(self._evidence) > _MAX_TENANTS:
                 self._evidence.popitem(last=False)
         self._evidence.move_to_end(salt)
         return self._evidence[salt]
+
+
+def _salts(requests: Sequence[Request]) -> list[str]:
+    """Each request's tenant; only one entry if it is the same for all."""
+    salts = [request.salt for request in requests]
+    return salts[:1] if len(set(salts)) == 1 else salts
 
 
 def _fade_and_add(counts: FloatArray, place: IntArray, accepted: BoolArray) -> None:

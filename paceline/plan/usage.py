@@ -15,7 +15,7 @@ from paceline.engine.types import StepStats
 _FADE = 0.9
 _TRIALS = 8
 """Steps in which a drafter is asked before it is judged."""
-_SHADOW_SHARE = 0.003
+_SHADOW_SHARE = 0.001
 """Of all time, for one drafter that does not pay."""
 _MAX_PERIOD = 64
 
