@@ -142,7 +142,7 @@ class Replay:
         name, options, most = parse_policy(setting.policy, setting.most)
         drafter = ScriptedDrafter(script, cost_per_token=costs)
         limits = [DrafterLimits(script.name, most, costs)]
-        estimates = AcceptanceEstimates({script.name: drafter.prior})
+        estimates = AcceptanceEstimates({script.name: drafter.prior}, by_depth=[script.name] if costs else [])
         return drafter, create_policy(name, check_policy(name, options), limits, estimates, self._cost_model)
 
     def _right(self, script: Script, most: int) -> Callable[[Request], int]:

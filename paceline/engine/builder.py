@@ -221,7 +221,8 @@ def _policy(
     if not spec.drafters:
         return None
     limits = [_limits(d, made[d.name], is_fixed=d.k is not None and spec.policy != "fixed") for d in spec.drafters]
-    estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()})
+    costly = [name for name, drafter in made.items() if drafter.cost_per_token]
+    estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()}, by_depth=costly)
     return create_policy(spec.policy, speculation.policy_options, limits, estimates, cost)
 
 

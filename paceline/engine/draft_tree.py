@@ -62,8 +62,13 @@ class DraftTree:
 
     def keep(self, nodes: IntArray) -> DraftTree:
         """The subtree of `nodes` (ascending, ancestors included)."""
-        if len(nodes) == len(self):
+        n = len(nodes)
+        if n == len(self):
             return self
+        if not n:
+            return EMPTY_TREE
+        if nodes[-1] == n - 1:
+            return self._first(n)
         new_id = np.full(len(self) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself
         new_id[nodes] = np.arange(len(nodes))
         picked = nodes.tolist()
@@ -76,6 +81,19 @@ class DraftTree:
             sampled=self.sampled,
             laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
             shared=tuple((int(new_id[node]), name, key) for node, name, key in self.shared if new_id[node] >= 0),
+        )
+
+    def _first(self, n: int) -> DraftTree:
+        """The first n nodes."""
+        return DraftTree(
+            self.tokens[:n],
+            self.parents[:n],
+            self.drafter[:n],
+            self.key[:n],
+            self.survival[:n],
+            self.sampled,
+            None if self.laws is None else self.laws[:n],
+            tuple(entry for entry in self.shared if entry[0] < n) if self.shared else (),
         )
 
 

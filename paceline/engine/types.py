@@ -88,15 +88,16 @@ class SpecPlan:
 
     `budgets[i]` is the most nodes of the i-th request of `ScheduledBatch.sampling`; `drafters` are asked in this
     order; `bucket` is the most nodes of the whole batch; `acceptance[drafter][i, key]` is the estimated probability
-    that a node of that confidence class is accepted for request i when its parent was. `limits[drafter][i]` is the
-    most nodes that drafter may propose for it. Without `cut` the best `bucket` nodes are verified whatever they cost.
+    that a node of that confidence class is accepted for request i when its parent was. `limits[drafter]` is the most
+    nodes that drafter may propose for a request, the same for all or one number each. Without `cut` the best `bucket`
+    nodes are verified whatever they cost.
     """
 
     budgets: IntArray  # [num_sampling]
     drafters: tuple[str, ...]
     bucket: int
     acceptance: Mapping[str, FloatArray]  # [num_sampling, num_keys] each
-    limits: Mapping[str, IntArray] = field(default_factory=dict)  # [num_sampling] each
+    limits: Mapping[str, int | IntArray] = field(default_factory=dict)
     cut: Cut | None = None
     fixed: frozenset[str] = frozenset()
     """Drafters whose nodes are verified whatever the cut says."""
@@ -111,19 +112,32 @@ class SpecPlan:
         return self.bucket > 0 and bool(self.drafters)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DraftBatch:
     """One tree per sampling request of the step, in the order of `ScheduledBatch.sampling`."""
 
-    trees: tuple[DraftTree, ...]
+    drafted: tuple[DraftTree, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     slot_price: float | None = None
     """Survival of the last node kept by a cut; 1 where none was worth its slot."""
+    kept: BoolArray | None = None
+    """Which nodes of the drafted trees are left, one after the other; None: all.  # [drafted nodes]"""
 
-    @property
+    @cached_property
+    def trees(self) -> tuple[DraftTree, ...]:
+        """What is left of every tree."""
+        if self.kept is None:
+            return self.drafted
+        trees, start = [], 0
+        for tree in self.drafted:
+            trees.append(tree.keep(np.flatnonzero(self.kept[start : start + len(tree)])) if len(tree) else tree)
+            start += len(tree)
+        return tuple(trees)
+
+    @cached_property
     def num_nodes(self) -> int:
         """Draft nodes of the whole batch."""
-        return sum(len(tree) for tree in self.trees)
+        return sum(map(len, self.drafted)) if self.kept is None else int(np.count_nonzero(self.kept))
 
 
 @dataclass(frozen=True)

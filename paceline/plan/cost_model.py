@@ -15,7 +15,7 @@ pace of the machine may look like the cost of a size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,12 +198,18 @@ class CostModel:
         """Expected seconds of one draft; 0 for a drafter not measured yet."""
         return self._draft.get(name, _NO_COST).seconds(depth, requests)
 
-    def learn(self, stats: StepStats) -> None:
-        """Take in a step; the time of its drafters goes to them. Of one with prompt chunks only that is learned."""
+    def learn(self, stats: StepStats, drafters: Collection[str] | None = None) -> None:
+        """Take in a step; the time of its drafters goes to them. Of one with prompt chunks only that is learned.
+
+        Args:
+            stats: what was measured.
+            drafters: those whose own costs matter; None: all that were asked.
+        """
         if not self._adapt:
             return
         for name, depth in stats.draft_depths.items():
-            self._learn_draft(name, depth, stats.num_sampling, stats.draft_seconds[name])
+            if drafters is None or name in drafters:
+                self._learn_draft(name, depth, stats.num_sampling, stats.draft_seconds[name])
         if stats.num_prompt_tokens or not stats.num_sampling:
             return
         nodes = stats.num_draft_nodes

@@ -28,7 +28,6 @@ from paceline.engine.request import Request
 from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
 from paceline.plan.base import DrafterLimits, Sampling, sampling
 from paceline.plan.cost_model import CostModel
-from paceline.plan.requests import DEADLINE, WEIGHT
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.plan.usage import Usage
 
@@ -39,6 +38,10 @@ _MEMORY = 0.97
 """Weight of the goodput so far after each step."""
 _URGENCY = 8.0
 """Most that a deadline multiplies a request's weight by."""
+_EVERY_STEP = 64
+"""First steps, in which costs are learned and read anew every time."""
+_KEEP_STEPS = 8
+_KEPT_TIMES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,7 @@ class PricedCut:
         return size if self.protect is None else self._protected(size, times, candidates)
 
     def _best(self, worth: FloatArray, times: FloatArray) -> int:
-        value = np.cumsum(worth) - self.goodput * (times[1 : len(worth) + 1] - times[0])
+        value = worth.cumsum() - self.goodput * (times[1 : len(worth) + 1] - times[0])
         best = int(value.argmax())
         return best + 1 if value[best] > 0.0 else 0
 
@@ -87,19 +90,28 @@ class Goodput:
     """Long-run tokens per second by number of requests (finely told apart when they are few)."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, FloatArray] = {}  # level -> fading [tokens, seconds]
+        self._sums: dict[int, tuple[float, float]] = {}  # level -> fading tokens and seconds
 
     def at(self, requests: int, plain_seconds: float) -> float:
         """Tokens per second that a second is worth; before any measurement, and at least, that of plain decoding."""
         plain = requests / plain_seconds
         sums = self._sums.get(_level(requests))
-        return plain if sums is None else max(float(sums[0] / sums[1]), plain)
+        return plain if sums is None else max(sums[0] / sums[1], plain)
 
     def learn(self, requests: int, tokens: float, seconds: float) -> None:
         """Take in a step."""
-        sums = self._sums.setdefault(_level(requests), np.zeros(2))
-        sums *= _MEMORY
-        sums += (tokens, seconds)
+        before = self._sums.get(_level(requests), (0.0, 0.0))
+        self._sums[_level(requests)] = _MEMORY * before[0] + tokens, _MEMORY * before[1] + seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _StepTimes:
+    """Expected step times, good for a few steps."""
+
+    seconds: FloatArray  # [most + 1]
+    best_rate: float
+    """Most draft tokens per second of extra time, were all of them accepted."""
+    until: int
 
 
 class GoodputLength:
@@ -131,6 +143,9 @@ class GoodputLength:
         self._goodput = Goodput()
         self._usage = Usage()
         self._step = 0
+        self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
+        self._fixed = frozenset(d.name for d in drafters if d.fixed)
+        self._kept_times: dict[tuple[int, int, int], _StepTimes] = {}
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
@@ -139,29 +154,29 @@ class GoodputLength:
         room = int(asked.room.sum())
         if not room:
             return _NOBODY
-        context = sum([item.start + item.num_tokens for item in batch.items])
-        most = min(room, _MAX_BUCKET)
-        times = self._cost.step_seconds(batch.num_tokens, most, len(batch.items), context)
-        goodput = self._goodput.at(len(asked), float(times[0]))
+        times = self._times(batch, asked, min(room, _MAX_BUCKET))
+        goodput = self._goodput.at(len(asked), times.seconds.item(0))
         limits = self._limits(asked, times, goodput)
-        names = tuple(limits)
-        weights = self._weights(asked, goodput)
+        if not limits:
+            return _NOBODY
+        weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
         return SpecPlan(
             budgets=asked.room,
-            drafters=names,
-            bucket=most,
-            acceptance=self._estimates.of_batch(asked.requests, asked.rows, names),
+            drafters=tuple(limits),
+            bucket=len(times.seconds) - 1,
+            acceptance=self._estimates.of_batch(asked.requests, asked.rows, limits),
             limits=limits,
-            cut=PricedCut(times, goodput, self._share, self._protect, weights),
-            fixed=frozenset(d.name for d in self._drafters if d.fixed),
+            cut=PricedCut(times.seconds, goodput, self._share, self._protect, weights),
+            fixed=self._fixed,
             weights=weights,
-            observers=frozenset(names),
+            observers=frozenset(limits),
         )
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, costs, goodput, and what the drafters are worth."""
         self._estimates.learn(stats)
-        self._cost.learn(stats)
+        if self._step <= _EVERY_STEP or self._step % 2 == 0:
+            self._cost.learn(stats, self._costly)
         requests = stats.num_sampling
         if not requests:
             return
@@ -182,22 +197,36 @@ class GoodputLength:
         decode, mixed = self._cost.table_seconds(sizes, stats.num_sequences, stats.num_context_tokens)
         return float(decode / mixed)
 
-    def _limits(self, asked: Sampling, times: FloatArray, goodput: float) -> dict[str, IntArray]:
-        """Most nodes of every drafter that is asked, by request."""
-        count = len(asked)
-        slots = np.arange(1, len(times), dtype=np.float64)
-        worthless = bool((slots <= goodput * (times[1:] - times[0])).all())
-        limits: dict[str, IntArray] = {}
+    def _times(self, batch: ScheduledBatch, asked: Sampling, most: int) -> _StepTimes:
+        """Expected times over 0 .. `most` draft nodes; kept for a few steps, in which they hardly change."""
+        key = (batch.num_tokens, len(batch.items), most)
+        known = self._kept_times.get(key)
+        if known is not None and self._step < known.until:
+            return known
+        context = asked.num_tokens + sum([i.start + i.num_tokens for i in batch.items if not i.samples])
+        seconds = self._cost.step_seconds(batch.num_tokens, most, len(batch.items), context)
+        extra = seconds[1:] - seconds[0]
+        best = float((np.arange(1, most + 1) / np.maximum(extra, 1e-12)).max())
+        if len(self._kept_times) >= _KEPT_TIMES:
+            self._kept_times.clear()
+        keep_for = 1 if self._step <= _EVERY_STEP else _KEEP_STEPS
+        found = self._kept_times[key] = _StepTimes(seconds, best, self._step + keep_for)
+        return found
+
+    def _limits(self, asked: Sampling, times: _StepTimes, goodput: float) -> dict[str, int | IntArray]:
+        """Most nodes of every drafter that is asked."""
+        limits: dict[str, int | IntArray] = {}
+        plain, worthless = times.seconds.item(0), times.best_rate <= goodput
         for d in self._drafters:
             if d.fixed:
                 depth = d.most
             elif d.cost_per_token:
-                depth = self._depth(d, asked, times, goodput)
+                depth = self._depth(d, asked, times.seconds, goodput)
             else:
-                wanted = self._usage.wanted(d.name, self._step, count, goodput, float(times[0]), worthless)
+                wanted = self._usage.wanted(d.name, self._step, len(asked), goodput, plain, worthless)
                 depth = d.most if wanted else 0
             if depth:
-                limits[d.name] = np.full(count, depth, dtype=np.int64)
+                limits[d.name] = depth
         return limits
 
     def _depth(self, drafter: DrafterLimits, asked: Sampling, times: FloatArray, goodput: float) -> int:
@@ -220,14 +249,16 @@ class GoodputLength:
         return depth
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
-        """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""
-        data = self._estimates.requests.data[asked.rows]
-        weights, deadlines = data[:, WEIGHT], data[:, DEADLINE]
-        if np.isfinite(deadlines).any():
-            left = np.array([r.params.max_tokens - r.num_output for r in asked.requests], dtype=np.float64)
-            seconds = np.maximum(deadlines - time.perf_counter(), 1e-3)
-            weights = weights * np.clip(left / seconds / (goodput / len(asked)), 1.0, _URGENCY)
-        return None if (weights == weights[0]).all() else weights / weights.mean()
+        """What a token of each request is worth; one that would miss its deadline at the common rate weighs more.
+        # [len(asked)]"""
+        now, rate = time.perf_counter(), goodput / len(asked)
+        weights = []
+        for request in asked.requests:
+            known = self._estimates.requests.of(request, 0)
+            needed = (request.params.max_tokens - request.num_output) / max(known.deadline - now, 1e-3)
+            weights.append(known.weight * min(max(needed / rate, 1.0), _URGENCY))
+        result = np.array(weights)
+        return None if (result == result[0]).all() else result / result.mean()
 
 
 _NOBODY = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={}, observers=frozenset())

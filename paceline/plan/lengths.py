@@ -29,11 +29,11 @@ def plan_lengths(
         estimates: for the order of nodes when memory runs short.
         cut: see `SpecPlan.cut`.
     """
-    limits = {
-        d.name: np.full(len(asked), d.most, dtype=np.int64) if d.fixed else np.minimum(lengths, d.most)
+    limits: dict[str, int | IntArray] = {
+        d.name: d.most if d.fixed else np.minimum(lengths, d.most)
         for d in drafters
+        if d.most and (d.fixed or lengths.any())
     }
-    limits = {name: limit for name, limit in limits.items() if limit.any()}
     if not limits or not asked.room.any():
         return PLAIN
     return SpecPlan(

@@ -1,10 +1,7 @@
 """Online estimates of acceptance: by drafter and confidence class, corrected by each request's own record.
 
-A class's estimate is (prior + accepted) / (prior weight + seen). Old evidence fades with every step that brings new
-evidence for the class, so a drafter's overconfidence and a change of topic show within dozens of steps, and a busy
-batch makes the estimate sharper rather than shorter-lived. What distinguishes a request from others is `record.py`.
-
-Evidence is kept per tenant salt, so that nobody can read from timing what others generate.
+`evidence.py` says how they are learned. Evidence is kept per tenant salt, so that nobody can read from timing what
+others generate.
 """
 
 from __future__ import annotations
@@ -14,29 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from paceline.arrays import BoolArray, FloatArray, IntArray
+from paceline.arrays import FloatArray, IntArray
 from paceline.engine.request import Request
-from paceline.engine.types import NodeLabels, StepStats
-from paceline.plan.record import MEMORIES, RecordWeights, updated
-from paceline.plan.requests import FIRST_OFFSET, RequestTable
+from paceline.engine.types import StepStats
+from paceline.plan.evidence import MEMORIES, Evidence, Labels
+from paceline.plan.requests import RequestTable
 
-_FADE = 0.98
-"""Weight of a class's evidence after each step that labels it: a memory of about 50 steps."""
-_PRIOR_WEIGHT = 4.0
 _MAX_TENANTS = 256
 _MAX_DEPTH = 32
-_CERTAIN = 1e-9
-"""Estimates stay this far from 0 and 1."""
-
-
-class _Evidence:
-    """What is known of one tenant: fading counts [seen, accepted] by class and by depth, and the records' weights."""
-
-    def __init__(self, classes: int, drafters: int) -> None:
-        self.classes = np.zeros((2, classes))
-        self.depths = np.zeros((2, drafters, _MAX_DEPTH))
-        self.weights = RecordWeights(drafters)
-        self.odds: FloatArray | None = None  # [classes], until the next label
 
 
 class AcceptanceEstimates:
@@ -44,46 +26,45 @@ class AcceptanceEstimates:
 
     Args:
         priors: first guess by drafter.  # [num_keys] each
+        by_depth: drafters for which acceptance by depth alone is kept as well (those that are planned before they
+            draft).
     """
 
-    def __init__(self, priors: Mapping[str, FloatArray]) -> None:
+    def __init__(self, priors: Mapping[str, FloatArray], by_depth: Iterable[str] = ()) -> None:
         self.names = tuple(priors)
         self.requests = RequestTable(MEMORIES * len(priors))
         self._index = {name: i for i, name in enumerate(priors)}
-        self._prior = np.concatenate([np.asarray(p, dtype=np.float64) for p in priors.values()] or [np.empty(0)])
-        ends = np.cumsum([len(p) for p in priors.values()], dtype=np.int64)
-        self._start = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        self._slices = {
-            name: slice(int(start), int(end)) for name, start, end in zip(priors, self._start, ends, strict=True)
-        }
-        self._evidence: OrderedDict[str, _Evidence] = OrderedDict()
+        deep = tuple(by_depth)
+        parts = [np.asarray(prior, dtype=np.float64) for prior in priors.values()]
+        depths = [np.full(_MAX_DEPTH, np.asarray(priors[name]).mean()) for name in deep]
+        self._prior = np.concatenate([*parts, *depths, np.empty(0)])
+        starts = np.cumsum([0, *(len(part) for part in (*parts, *depths))]).tolist()
+        self._start = np.array(starts[: len(parts)], dtype=np.int64)
+        self._slices = {name: slice(*starts[i : i + 2]) for i, name in enumerate(priors)}
+        self._depth_start = {name: starts[len(parts) + i] for i, name in enumerate(deep)}
+        self._num_classes = starts[len(parts)]
+        self._drafter_of_class = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        self._evidence: OrderedDict[str, Evidence] = OrderedDict()
 
     def of_batch(self, requests: Sequence[Request], rows: IntArray, names: Iterable[str]) -> dict[str, FloatArray]:
         """The estimates of some drafters.  # [len(requests), num_keys] each"""
         salts = _salts(requests)
-        factors = self._factors(salts, rows)
-        odds = np.stack([self._odds(salt) for salt in salts])  # [requests or 1, classes]
-        found: dict[str, FloatArray] = {}
-        for name in names:
-            i = self._index[name]
-            mine = odds[:, self._slices[name]] * factors[:, i : i + 1]
-            found[name] = mine / (1.0 + mine)
-        return found
+        odds = self._odds(salts)[:, : self._num_classes]
+        odds = odds * self._factors(salts, rows).take(self._drafter_of_class, axis=1)
+        chances = odds / (1.0 + odds)
+        return {name: chances[:, self._slices[name]] for name in names}
 
     def by_depth(self, name: str, requests: Sequence[Request], rows: IntArray, depth: int) -> FloatArray:
         """Survival of a chain's nodes, whatever their classes will be.  # [len(requests), depth]"""
-        i = self._index[name]
         salts = _salts(requests)
-        typical = np.clip(self._prior[self._slices[name]].mean(), _CERTAIN, 1.0 - _CERTAIN)
-        deep = np.minimum(np.arange(depth), _MAX_DEPTH - 1)
-        counts = np.stack([self._of(salt).depths[:, i, deep] for salt in salts])  # [requests or 1, 2, depth]
-        odds = _odds((_PRIOR_WEIGHT * typical + counts[:, 1]) / (_PRIOR_WEIGHT + counts[:, 0]))
-        odds = odds * self._factors(salts, rows)[:, i : i + 1]
+        deep = self._depth_start[name] + np.minimum(np.arange(depth), _MAX_DEPTH - 1)
+        i = self._index[name]
+        odds = self._odds(salts)[:, deep] * self._factors(salts, rows)[:, i : i + 1]
         return np.asarray(np.cumprod(odds / (1.0 + odds), axis=1))
 
     def tables(self, salt: str = "") -> dict[str, FloatArray]:
         """The estimates of a tenant's new request.  # [num_keys] each"""
-        odds = self._odds(salt)
+        odds = self._of(salt).odds()
         return {name: odds[part] / (1.0 + odds[part]) for name, part in self._slices.items()}
 
     def learn(self, stats: StepStats) -> None:
@@ -91,89 +72,52 @@ class AcceptanceEstimates:
         labels = stats.labels
         if not len(labels):
             return
-        drafter = np.array([self._index[name] for name in labels.names])[labels.drafter]
-        rows = self.requests.known(stats.requests)
-        typical = np.empty(len(labels))
+        drafter = labels.drafter
+        if labels.names != self.names:
+            drafter = np.array([self._index[name] for name in labels.names])[drafter]
+        rows = self.requests.rows(stats.requests)[labels.request]
+        place = self._start[drafter] + labels.key
         salts = _salts(stats.requests)
-        everyone = len(salts) == 1
         for salt in dict.fromkeys(salts):
-            mine = slice(None) if everyone else np.array([s == salt for s in salts])[labels.request]
-            typical[mine] = self._learn(salt, labels, drafter, rows, mine)
-        surprise: FloatArray = labels.accepted - typical
-        self._record(rows, labels.request * len(self.names) + drafter, surprise)
+            mine = slice(None) if len(salts) == 1 else np.array([s == salt for s in salts])[labels.request]
+            chosen = Labels(drafter[mine], place[mine], rows[mine], labels.predicted[mine], labels.accepted[mine])
+            evidence = self._of(salt)
+            evidence.learn(chosen, self.requests.records)
+            for name, start in self._depth_start.items():
+                own = chosen.drafter == self._index[name]
+                depth = np.minimum(labels.depth[mine][own], _MAX_DEPTH) - 1
+                evidence.count(start + depth, chosen.accepted[own])
 
     def forget(self, request: Request) -> None:
         """Drop a finished request's record."""
         self.requests.forget(request)
 
-    def _learn(
-        self, salt: str, labels: NodeLabels, drafter: IntArray, rows: IntArray, mine: slice | BoolArray
-    ) -> FloatArray:
-        """Count one tenant's labels; what was typical of their classes before.  # [labels of this tenant]"""
-        evidence = self._of(salt)
-        drafter, accepted = drafter[mine], labels.accepted[mine]
-        record = self._records(rows)[labels.request[mine], drafter]
-        evidence.weights.learn(drafter, record, labels.predicted[mine], accepted)
-        place = self._start[drafter] + labels.key[mine]
-        seen, hits = evidence.classes[:, place]
-        typical: FloatArray = (_PRIOR_WEIGHT * self._prior[place] + hits) / (_PRIOR_WEIGHT + seen)
-        _fade_and_add(evidence.classes, place, accepted)
-        depth = np.minimum(labels.depth[mine], _MAX_DEPTH) - 1
-        _fade_and_add(evidence.depths.reshape(2, -1), drafter * _MAX_DEPTH + depth, accepted)
-        evidence.odds = None
-        return typical
-
-    def _record(self, rows: IntArray, place: IntArray, surprise: FloatArray) -> None:
-        """Add surprises to the requests' records; `place` is request * drafters + drafter."""
-        shape = (len(rows), len(self.names))
-        size = shape[0] * shape[1]
-        touched = np.bincount(place, minlength=size).reshape(shape) > 0
-        added = np.bincount(place, surprise, minlength=size).astype(np.float64).reshape(shape)
-        new = updated(self._records(rows), added, touched)
-        planned = rows >= 0
-        self.requests.data[rows[planned], FIRST_OFFSET:] = new[planned].reshape(-1, MEMORIES * shape[1])
-
-    def _records(self, rows: IntArray) -> FloatArray:
-        return self.requests.data[rows, FIRST_OFFSET:].reshape(len(rows), len(self.names), MEMORIES)
-
     def _factors(self, salts: Sequence[str], rows: IntArray) -> FloatArray:
         """What each request's record multiplies its odds by.  # [requests, drafters]"""
-        records = self._records(rows)
+        records = self.requests.records[rows].reshape(len(rows), MEMORIES, len(self.names))
         if len(salts) == 1:
-            return np.asarray(np.exp(self._of(salts[0]).weights.offsets(records)))
-        each = [self._of(salt).weights.offsets(record) for salt, record in zip(salts, records, strict=True)]
-        return np.exp(np.stack(each))
+            return np.asarray(np.exp(self._of(salts[0]).offsets(records)))
+        each = [self._of(salt).offsets(records[i : i + 1])[0] for i, salt in enumerate(salts)]
+        return np.asarray(np.exp(np.stack(each)))
 
-    def _odds(self, salt: str) -> FloatArray:
-        evidence = self._of(salt)
-        if evidence.odds is None:
-            seen, accepted = evidence.classes
-            evidence.odds = _odds((_PRIOR_WEIGHT * self._prior + accepted) / (_PRIOR_WEIGHT + seen))
-        return evidence.odds
+    def _odds(self, salts: Sequence[str]) -> FloatArray:
+        """Odds by class and depth.  # [len(salts), all]"""
+        if len(salts) == 1:
+            return self._of(salts[0]).odds()[None]
+        return np.stack([self._of(salt).odds() for salt in salts])
 
-    def _of(self, salt: str) -> _Evidence:
-        if salt not in self._evidence:
-            self._evidence[salt] = _Evidence(len(self._prior), len(self.names))
+    def _of(self, salt: str) -> Evidence:
+        found = self._evidence.get(salt)
+        if found is None:
+            found = self._evidence[salt] = Evidence(self._prior, len(self.names))
             if len(self._evidence) > _MAX_TENANTS:
                 self._evidence.popitem(last=False)
-        self._evidence.move_to_end(salt)
-        return self._evidence[salt]
+        elif len(self._evidence) > 1:
+            self._evidence.move_to_end(salt)
+        return found
 
 
 def _salts(requests: Sequence[Request]) -> list[str]:
     """Each request's tenant; only one entry if it is the same for all."""
     salts = [request.salt for request in requests]
-    return salts[:1] if len(set(salts)) == 1 else salts
-
-
-def _fade_and_add(counts: FloatArray, place: IntArray, accepted: BoolArray) -> None:
-    """Fade the entries of `counts` that get new evidence, and add it.  # [2, n]"""
-    seen = np.bincount(place, minlength=counts.shape[1])
-    counts *= np.where(seen > 0, _FADE, 1.0)
-    counts[0] += seen
-    counts[1] += np.bincount(place, accepted, minlength=counts.shape[1])
-
-
-def _odds(chance: FloatArray) -> FloatArray:
-    clipped = np.clip(chance, _CERTAIN, 1.0 - _CERTAIN)
-    return np.asarray(clipped / (1.0 - clipped))
+    return salts[:1] if len(salts) == 1 or len(set(salts)) == 1 else salts

@@ -12,33 +12,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from paceline.arrays import BoolArray, FloatArray, IntArray
-from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
+from paceline.arrays import BoolArray
+from paceline.engine.draft_tree import DraftTree
 from paceline.engine.types import Candidates, DraftBatch, SpecPlan
 
 
 def trim(drafts: DraftBatch, plan: SpecPlan) -> DraftBatch:
     """The drafts that are verified."""
-    if plan.cut is None and drafts.num_nodes <= plan.bucket:
+    if not drafts.num_nodes or (plan.cut is None and drafts.num_nodes <= plan.bucket):
         return drafts
     trees = drafts.trees
-    sizes = np.array([len(tree) for tree in trees], dtype=np.int64)
-    if not sizes.any():
-        return drafts
-    survival = np.concatenate([tree.survival for tree in trees])
-    request = np.repeat(np.arange(len(trees)), sizes)
-    stays = _stays(trees, plan.fixed)
+    if len(trees) == 1:
+        survival, request = trees[0].survival, np.zeros(len(trees[0]), dtype=np.int64)
+    else:
+        survival = np.concatenate([tree.survival for tree in trees])
+        request = np.arange(len(trees)).repeat([len(tree) for tree in trees])
     worth = survival if plan.weights is None else survival * plan.weights[request]
-    order = np.argsort(-worth, kind="stable")
-    if stays is not None:
+    order = (-worth).argsort(kind="stable")
+    stays = _stays(trees, plan.fixed)
+    if stays is None:
+        fixed = np.zeros(len(trees), dtype=np.int64)
+    else:
         order = order[~stays[order]]
-    fixed = np.bincount(request[:0] if stays is None else request[stays], minlength=len(trees))
+        fixed = np.bincount(request[stays], minlength=len(trees))
     candidates = Candidates(survival[order], request[order], fixed)
     size = len(order) if plan.cut is None else plan.cut.size(candidates)
     size = min(size, max(0, plan.bucket - int(fixed.sum())))
-    keep = np.zeros(len(survival), dtype=np.bool_) if stays is None else stays.copy()
+    price = candidates.survival.item(size - 1) if size else 1.0
+    if size == len(order):
+        return DraftBatch(trees, drafts.seconds, price)
+    keep = np.zeros(len(survival), dtype=np.bool_) if stays is None else stays
     keep[order[:size]] = True
-    return DraftBatch(_cut(trees, sizes, keep), drafts.seconds, _slot_price(candidates.survival, size))
+    return DraftBatch(trees, drafts.seconds, price, keep)
 
 
 def _stays(trees: tuple[DraftTree, ...], fixed: frozenset[str]) -> BoolArray | None:
@@ -52,17 +57,3 @@ def _stays(trees: tuple[DraftTree, ...], fixed: frozenset[str]) -> BoolArray | N
             mine[node] |= name in fixed
         parts.append(mine)
     return np.concatenate(parts)
-
-
-def _cut(trees: tuple[DraftTree, ...], sizes: IntArray, keep: BoolArray) -> tuple[DraftTree, ...]:
-    """Each tree with the nodes it keeps."""
-    ends = np.cumsum(sizes)
-    kept = np.add.reduceat(keep, np.minimum(ends - sizes, len(keep) - 1), dtype=np.int64)
-    return tuple(
-        tree if n == size or not size else EMPTY_TREE if not n else tree.keep(np.flatnonzero(keep[end - size : end]))
-        for tree, size, end, n in zip(trees, sizes.tolist(), ends.tolist(), kept.tolist(), strict=True)
-    )
-
-
-def _slot_price(survival: FloatArray, size: int) -> float:
-    return float(survival[size - 1]) if size else 1.0
