@@ -3,8 +3,9 @@
     python benchmarks/planning_time.py --json benchmarks/cpu/planning_time.json
 
 Every request decodes with a chain of `nodes` draft tokens in n-gram classes, three in four of which are accepted; step
-times come from a made-up machine. `labels` (comparing drafts with what was committed) belongs to the engine's feedback
-and is shown beside the sum. Medians over all steps; `us per node` should not rise with the size.
+times come from a made-up machine. Shown beside the sum: `cut`, the making of shorter trees, which trim leaves to the
+first who reads them, and `labels`, comparing drafts with what was committed, which is the engine's feedback. Medians
+over all steps; `us/node`, of the sum, should not rise with the size.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from paceline.plan.trim import trim
 SIZES = ((1, 16), (8, 16), (64, 16), (256, 16), (1, 64), (1, 256), (1, 1024), (16, 64), (4, 256))
 """Requests, and draft nodes of each."""
 PARTS = ("plan", "trim", "learn")
+BESIDE = ("cut", "labels")
 _KEYS = 16
 _ACCEPTED = 0.75
 
@@ -61,11 +63,11 @@ def main() -> None:
     rows = [measure(n, nodes, names, args.seconds) for names in (("ngram",), AUTO_DRAFTERS) for n, nodes in SIZES]
     print(
         f"{'drafters':>8} {'requests':>8} {'nodes':>6}",
-        *(f"{part:>8}" for part in (*PARTS, "sum", "labels")),
+        *(f"{part:>8}" for part in (*PARTS, "sum", *BESIDE)),
         "us/node",
     )
     for row in rows:
-        times = " ".join(f"{row[part]:8.1f}" for part in (*PARTS, "sum", "labels"))
+        times = " ".join(f"{row[part]:8.1f}" for part in (*PARTS, "sum", *BESIDE))
         print(f"{row['drafters']:>8} {row['requests']:>8} {row['nodes']:>6} {times} {row['sum_per_node']:7.3f}")
     if args.json:
         Path(args.json).write_text(json.dumps({"host": host, "unit": "us", "rows": rows}, indent=2) + "\n")
@@ -88,7 +90,7 @@ class Steps:
         self.policy: LengthPolicy = create_policy(
             "auto", {}, limits, AcceptanceEstimates(priors), lambda: CostModel(table)
         )
-        self.spent: dict[str, list[float]] = {part: [] for part in (*PARTS, "labels")}
+        self.spent: dict[str, list[float]] = {part: [] for part in (*PARTS, *BESIDE)}
 
     def step(self) -> None:
         """One step; drafting and accepting are played."""
@@ -99,7 +101,9 @@ class Steps:
         drafted_at = time.perf_counter()
         kept = trim(drafted, plan)
         trimmed = time.perf_counter()
-        accepted = np.minimum(self.rng.geometric(1.0 - _ACCEPTED, len(kept.trees)) - 1, [len(t) for t in kept.trees])
+        lengths = [len(tree) for tree in kept.trees]
+        cut = time.perf_counter()
+        accepted = np.minimum(self.rng.geometric(1.0 - _ACCEPTED, len(lengths)) - 1, lengths)
         committed = [[*range(n), -1] for n in accepted.tolist()]
         accepted_at = time.perf_counter()
         walked = [(i, t, c) for i, (t, c) in enumerate(zip(drafted.trees, committed, strict=True))]
@@ -112,6 +116,7 @@ class Steps:
         for part, seconds in (
             ("plan", planned - started),
             ("trim", trimmed - drafted_at),
+            ("cut", cut - trimmed),
             ("labels", labelled - accepted_at),
             ("learn", learned - told),
         ):

@@ -55,7 +55,7 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--most", type=_count, default=8, metavar="N", help="most draft tokens (default: 8)")
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="tokens per run (default: 20000, and 160 per request at once)"
+        "--tokens", type=_count, metavar="N", help="tokens per run (default: 30000, and 240 per request at once)"
     )
     parser.add_argument("--requests", type=_count, metavar="N", help="requests taken from each file (default: all)")
     parser.add_argument(
@@ -128,7 +128,7 @@ def _points(args: argparse.Namespace) -> list[Point]:
                 shared: dict[str, Any] = {
                     "drafter": drafter,
                     "batch": batch,
-                    "tokens": args.tokens or max(20_000, 160 * batch),
+                    "tokens": args.tokens or max(30_000, 240 * batch),
                     "most": args.most,
                     "prefill": args.prefill,
                     "arrivals": _arrivals(args, len(trace)),

@@ -62,19 +62,8 @@ class Sampling:
 def sampling(batch: ScheduledBatch, table: RequestTable, max_model_len: int, cap: int) -> Sampling:
     """Read a batch. A request gets at most `cap` draft nodes, no more than it allows itself, and no path longer than
     its `max_tokens` and the context leave."""
-    requests: list[Request] = []
-    rows: list[int] = []
-    lengths: list[int] = []
-    room: list[int] = []
-    for item in batch.items:
-        if item.samples:
-            request = item.request
-            known = table.of(request, max_model_len)
-            length = len(request.token_ids)
-            requests.append(request)
-            rows.append(known.row)
-            lengths.append(length)
-            left = known.longest - length
-            most = cap if cap < known.cap else known.cap
-            room.append(0 if left < 0 else left if left < most else most)
-    return Sampling(tuple(requests), np.array(rows, dtype=np.int64), sum(lengths), np.array(room, dtype=np.int64))
+    requests = tuple([item.request for item in batch.items if item.samples])
+    known = table.batch(requests, max_model_len)
+    lengths = np.array([len(request.token_ids) for request in requests], dtype=np.int64)
+    room = np.minimum(np.maximum(known.longest - lengths, 0), np.minimum(known.caps, cap))
+    return Sampling(requests, known.rows, int(lengths.sum()), room)

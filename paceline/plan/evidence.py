@@ -24,6 +24,7 @@ _FADE = 0.98
 _PRIOR_WEIGHT = 4.0
 _KEEP = (0.2, 0.95)
 """Share of a record that survives a labelled step, by memory."""
+_KEEPS = np.array(_KEEP)[:, None]
 _MAX_RECORD = 8.0
 _FIRST_WEIGHT = 0.1
 _WEIGHT_RANGE = (-0.2, 2.0)
@@ -43,9 +44,15 @@ class Labels:
 
     drafter: IntArray  # [n]
     place: IntArray  # [n], class among all drafters' classes
-    row: IntArray  # [n], of the request's record; -1: none is kept
+    request: IntArray  # [n], number of the request in the step
     predicted: FloatArray  # [n]
     accepted: BoolArray  # [n]
+
+    def where(self, mine: BoolArray) -> Labels:
+        """Some of the labels."""
+        return Labels(
+            self.drafter[mine], self.place[mine], self.request[mine], self.predicted[mine], self.accepted[mine]
+        )
 
 
 class Evidence:
@@ -78,43 +85,48 @@ class Evidence:
         bounded: FloatArray = np.minimum(np.maximum(added, -_MAX_OFFSET), _MAX_OFFSET)
         return bounded
 
-    def learn(self, labels: Labels, records: FloatArray) -> None:
+    def learn(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """Take in labels and update the records of their requests in place.
 
         Args:
             labels: of one step.
             records: of all requests.  # [capacity, MEMORIES * drafters]
+            rows: the record of each of the step's requests.  # [requests]
         """
         learn = self.learn_few if len(labels.place) <= FEW else self.learn_many
-        learn(labels, records)
+        learn(labels, records, rows)
         self._odds = None
 
-    def learn_many(self, labels: Labels, records: FloatArray) -> None:
+    def learn_many(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """The vectorised form."""
         drafters = self._weights.shape[1]
-        known, accepted = labels.row >= 0, labels.accepted
-        column = np.arange(MEMORIES)[:, None] * drafters + labels.drafter
-        x = np.where(known, records[labels.row, column], 0.0)  # [MEMORIES, n]
+        mine, accepted = records[rows], labels.accepted  # [requests, MEMORIES * drafters]
+        x0, x1 = mine[labels.request, labels.drafter], mine[labels.request, drafters + labels.drafter]
         error, spread = accepted - labels.predicted, labels.predicted * (1.0 - labels.predicted)
         sums = [
             np.bincount(labels.drafter, values, minlength=drafters)
-            for values in (x[0] * error, x[1] * error, x[0] ** 2 * spread, x[0] * x[1] * spread, x[1] ** 2 * spread)
+            for values in (x0 * error, x1 * error, x0 * x0 * spread, x0 * x1 * spread, x1 * x1 * spread)
         ]
         for i in np.flatnonzero(np.bincount(labels.drafter, minlength=drafters)).tolist():
             self._step(i, [float(values[i]) for values in sums])
-        surprise = accepted - self._typical(labels.place)
+        place = labels.request * drafters + labels.drafter
+        surprise = np.bincount(place, accepted - self._typical(labels.place), minlength=len(rows) * drafters)
+        touched = np.bincount(place, minlength=len(rows) * drafters) > 0
         self.count(labels.place, accepted)
-        _add_surprise(records, labels.row[known] * drafters + labels.drafter[known], surprise[known], drafters)
+        shape = (len(rows), 1, drafters)
+        before = mine.reshape(len(rows), MEMORIES, drafters)
+        moved = np.minimum(np.maximum(_KEEPS * before + surprise.reshape(shape), -_MAX_RECORD), _MAX_RECORD)
+        records[rows] = np.where(touched.reshape(shape), moved, before).reshape(mine.shape)
 
-    def learn_few(self, labels: Labels, records: FloatArray) -> None:
+    def learn_few(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """The same, label by label."""
         drafters = self._weights.shape[1]
         steps: dict[int, list[float]] = {}
         counts: dict[int, list[float]] = {}
         surprises: dict[tuple[int, int], float] = {}
-        columns = (labels.drafter, labels.place, labels.row, labels.predicted, labels.accepted)
-        for drafter, place, row, predicted, accepted in zip(*(c.tolist() for c in columns), strict=True):
-            x0, x1 = (records.item(row, drafter), records.item(row, drafters + drafter)) if row >= 0 else (0.0, 0.0)
+        columns = (labels.drafter, labels.place, rows[labels.request], labels.predicted, labels.accepted)
+        for drafter, place, row, predicted, accepted in zip(*[c.tolist() for c in columns], strict=True):
+            x0, x1 = records.item(row, drafter), records.item(row, drafters + drafter)
             error, spread = accepted - predicted, predicted * (1.0 - predicted)
             sums = steps.setdefault(drafter, [0.0] * 5)
             for i, value in enumerate((x0 * error, x1 * error, x0 * x0 * spread, x0 * x1 * spread, x1 * x1 * spread)):
@@ -124,8 +136,7 @@ class Evidence:
             count = counts.setdefault(place, [_FADE * seen, _FADE * hits])
             count[0] += 1.0
             count[1] += accepted
-            if row >= 0:
-                surprises[row, drafter] = surprises.get((row, drafter), 0.0) + accepted - typical
+            surprises[row, drafter] = surprises.get((row, drafter), 0.0) + accepted - typical
         for drafter, sums in steps.items():
             self._step(drafter, sums)
         for place, count in counts.items():
@@ -159,14 +170,3 @@ class Evidence:
         self.counts *= np.where(seen > 0, _FADE, 1.0)
         self.counts[0] += seen
         self.counts[1] += np.bincount(place, accepted, minlength=self.counts.shape[1])
-
-
-def _add_surprise(records: FloatArray, place: IntArray, surprise: FloatArray, drafters: int) -> None:
-    """Fade and add to the records at row * drafters + drafter; several labels of one record are summed first."""
-    where, inverse = np.unique(place, return_inverse=True)
-    total = np.bincount(inverse, surprise)
-    row, drafter = np.divmod(where, drafters)
-    for memory, keep in enumerate(_KEEP):
-        column = memory * drafters + drafter
-        moved = keep * records[row, column] + total
-        records[row, column] = np.minimum(np.maximum(moved, -_MAX_RECORD), _MAX_RECORD)

@@ -40,6 +40,8 @@ _URGENCY = 8.0
 """Most that a deadline multiplies a request's weight by."""
 _EVERY_STEP = 64
 """First steps, in which costs are learned and read anew every time."""
+_NET_MEMORY = 0.7
+"""Of what each depth is worth: the best of noisy values is mostly noise, and depths that change cost most."""
 _KEEP_STEPS = 8
 _KEPT_TIMES = 64
 
@@ -144,6 +146,7 @@ class GoodputLength:
         self._usage = Usage()
         self._step = 0
         self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
+        self._net: dict[str, FloatArray] = {}  # by drafter, what each depth is worth  # [most]
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
         self._kept_times: dict[tuple[int, int, int], _StepTimes] = {}
 
@@ -243,6 +246,7 @@ class GoodputLength:
         gain = np.cumsum(ranked * taken, axis=1) - goodput * (times[np.cumsum(taken, axis=1)] - times[0])
         costs = np.array([self._cost.draft_seconds(drafter.name, d, count) for d in range(drafter.most + 1)])
         net = np.maximum(gain.max(axis=1), 0.0) - goodput * costs[1:]
+        net = self._net[drafter.name] = _NET_MEMORY * self._net.get(drafter.name, net) + (1.0 - _NET_MEMORY) * net
         depth = int(net.argmax()) + 1 if net.max() > 0.0 else 0
         if depth < drafter.most:
             depth += self._usage.probe(drafter.name, self._step, costs[depth + 1] - costs[depth], float(times[0]))
@@ -254,7 +258,7 @@ class GoodputLength:
         now, rate = time.perf_counter(), goodput / len(asked)
         weights = []
         for request in asked.requests:
-            known = self._estimates.requests.of(request, 0)
+            known = self._estimates.requests.of(request)
             needed = (request.params.max_tokens - request.num_output) / max(known.deadline - now, 1e-3)
             weights.append(known.weight * min(max(needed / rate, 1.0), _URGENCY))
         result = np.array(weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +32,18 @@ class KnownRequest(NamedTuple):
         return self.weight != 1.0 or self.deadline != np.inf
 
 
+class Batch(NamedTuple):
+    """The requests that commit tokens in a step, as arrays."""
+
+    requests: tuple[Request, ...]
+    rows: IntArray  # [len(requests)]
+    longest: IntArray  # [len(requests)], see `KnownRequest`
+    caps: IntArray  # [len(requests)]
+
+
+_NO_NUMBERS = np.empty(0, dtype=np.int64)
+
+
 class RequestTable:
     """The requests that are running.
 
@@ -46,21 +57,36 @@ class RequestTable:
         """Running requests with a weight or a deadline."""
         self._known: dict[Request, KnownRequest] = {}
         self._free = list(range(len(self.records) - 1, -1, -1))
+        self._last = Batch((), _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS)
 
-    def of(self, request: Request, max_model_len: int) -> KnownRequest:
-        """What is kept of a request; a new one gets a fresh row."""
-        found = self._known.get(request)
-        return self._add(request, max_model_len) if found is None else found
-
-    def rows(self, requests: Sequence[Request]) -> IntArray:
+    def rows(self, requests: tuple[Request, ...]) -> IntArray:
         """Row numbers; -1 for a request that nothing is kept of.  # [len(requests)]"""
-        known = self._known
-        return np.array([known[r].row if r in known else -1 for r in requests], dtype=np.int64)
+        if requests != self._last.requests:
+            known = self._known
+            return np.array([known[r].row if r in known else -1 for r in requests], dtype=np.int64)
+        return self._last.rows
+
+    def batch(self, requests: tuple[Request, ...], max_model_len: int) -> Batch:
+        """What is kept of a step's requests. The same batch mostly runs again, so the last one is remembered."""
+        if requests != self._last.requests:
+            known = [self._known.get(request) or self._add(request, max_model_len) for request in requests]
+            self._last = Batch(
+                requests,
+                np.array([k.row for k in known], dtype=np.int64),
+                np.array([k.longest for k in known], dtype=np.int64),
+                np.array([k.cap for k in known], dtype=np.int64),
+            )
+        return self._last
+
+    def of(self, request: Request) -> KnownRequest:
+        """What is kept of a request of the last batch."""
+        return self._known[request]
 
     def forget(self, request: Request) -> None:
         """Free the request's row."""
         found = self._known.pop(request, None)
         if found is not None:
+            self._last = Batch((), _NO_NUMBERS, _NO_NUMBERS, _NO_NUMBERS)
             self._free.append(found.row)
             self.num_special -= found.special
 

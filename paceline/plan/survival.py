@@ -68,29 +68,36 @@ class AcceptanceEstimates:
         return {name: odds[part] / (1.0 + odds[part]) for name, part in self._slices.items()}
 
     def learn(self, stats: StepStats) -> None:
-        """Count a step's labels."""
+        """Count a step's labels. Those of requests that were never planned for are left out."""
         labels = stats.labels
         if not len(labels):
             return
         drafter = labels.drafter
         if labels.names != self.names:
             drafter = np.array([self._index[name] for name in labels.names])[drafter]
-        rows = self.requests.rows(stats.requests)[labels.request]
+        rows = self.requests.rows(stats.requests)
         place = self._start[drafter] + labels.key
+        chosen = Labels(drafter, place, labels.request, labels.predicted, labels.accepted)
         salts = _salts(stats.requests)
+        if len(salts) == 1 and rows.min() >= 0:
+            self._learn(salts[0], chosen, labels.depth, rows)
+            return
         for salt in dict.fromkeys(salts):
-            mine = slice(None) if len(salts) == 1 else np.array([s == salt for s in salts])[labels.request]
-            chosen = Labels(drafter[mine], place[mine], rows[mine], labels.predicted[mine], labels.accepted[mine])
-            evidence = self._of(salt)
-            evidence.learn(chosen, self.requests.records)
-            for name, start in self._depth_start.items():
-                own = chosen.drafter == self._index[name]
-                depth = np.minimum(labels.depth[mine][own], _MAX_DEPTH) - 1
-                evidence.count(start + depth, chosen.accepted[own])
+            own = np.array([s == salt for s in salts]) if len(salts) > 1 else np.ones(len(rows), dtype=np.bool_)
+            mine = (own & (rows >= 0))[labels.request]
+            if mine.any():
+                self._learn(salt, chosen.where(mine), labels.depth[mine], rows)
 
     def forget(self, request: Request) -> None:
         """Drop a finished request's record."""
         self.requests.forget(request)
+
+    def _learn(self, salt: str, labels: Labels, depth: IntArray, rows: IntArray) -> None:
+        evidence = self._of(salt)
+        evidence.learn(labels, self.requests.records, rows)
+        for name, start in self._depth_start.items():
+            own = labels.drafter == self._index[name]
+            evidence.count(start + np.minimum(depth[own], _MAX_DEPTH) - 1, labels.accepted[own])
 
     def _factors(self, salts: Sequence[str], rows: IntArray) -> FloatArray:
         """What each request's record multiplies its odds by.  # [requests, drafters]"""

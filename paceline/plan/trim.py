@@ -16,17 +16,17 @@ from paceline.arrays import BoolArray
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.types import Candidates, DraftBatch, SpecPlan
 
+_NONE = np.empty(0)
+
 
 def trim(drafts: DraftBatch, plan: SpecPlan) -> DraftBatch:
     """The drafts that are verified."""
-    if not drafts.num_nodes or (plan.cut is None and drafts.num_nodes <= plan.bucket):
-        return drafts
     trees = drafts.trees
-    if len(trees) == 1:
-        survival, request = trees[0].survival, np.zeros(len(trees[0]), dtype=np.int64)
-    else:
-        survival = np.concatenate([tree.survival for tree in trees])
-        request = np.arange(len(trees)).repeat([len(tree) for tree in trees])
+    parts = [tree.survival for tree in trees]
+    survival = parts[0] if len(parts) == 1 else np.concatenate([*parts, _NONE])
+    if not len(survival) or (plan.cut is None and len(survival) <= plan.bucket):
+        return drafts
+    request = np.arange(len(parts)).repeat([len(part) for part in parts])
     worth = survival if plan.weights is None else survival * plan.weights[request]
     order = (-worth).argsort(kind="stable")
     stays = _stays(trees, plan.fixed)
