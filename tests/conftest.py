@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from paceline.engine.engine import Engine
 from paceline.errors import DownloadError
 from paceline.model.loader import LoadedModel, load_model
+from paceline.model.store import paceline_home
 
 REAL_MODEL = os.environ.get("PACELINE_TEST_MODEL", "smollm2-135m")
 """What tests marked `real_model` load; another source of the same model where no index is reachable."""
@@ -30,6 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cost_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests (and processes they start) measure stays out of the user's cache; models are found where they are."""
+    home, own = paceline_home(), tmp_path_factory.mktemp("home")
+    for name in ("models", "tmp"):
+        with contextlib.suppress(OSError):  # a cache that cannot be written may still be read
+            (home / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(home / name, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACELINE_HOME", str(own))
+        yield
 
 
 @pytest.fixture(autouse=True)

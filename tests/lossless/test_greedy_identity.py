@@ -20,6 +20,7 @@ from paceline.engine.sampling import Law
 from paceline.engine.types import DraftTree, Walk
 from paceline.model.loader import LoadedModel
 from paceline.outputs import Generation
+from paceline.plan.registry import POLICIES
 from paceline.verify.coupled import CoupledRule
 
 pytestmark = pytest.mark.real_model
@@ -90,6 +91,17 @@ def test_fp32_text_is_the_same(
     assert all(_same(alone, expected[one]))
     if "auto" not in spec:
         assert sum(g.stats.accepted_tokens for g in (*batch, *alone)) > 0, "nothing was accepted, so nothing is tested"
+
+
+@pytest.mark.parametrize("policy", sorted({*POLICIES} - {"auto", "fixed"}))
+def test_fp32_text_is_the_same_under_every_policy(
+    real_model: LoadedModel, prompts: list[list[int]], expected: list[Generation], policy: str
+) -> None:
+    """The others beside `auto` and `fixed`: the first 16 tokens, in a batch of four."""
+    llm = real_llm(real_model, f"ngram:max=4+recycling:max=12@{policy}")
+    found = llm.generate(prompts, _params(16))
+    assert [g.token_ids for g in found] == [g.token_ids[:16] for g in expected]
+    assert sum(g.stats.accepted_tokens for g in found) > 0 or POLICIES[policy].priced
 
 
 class _Credulous(CoupledRule):

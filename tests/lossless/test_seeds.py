@@ -16,9 +16,10 @@ from lossless.loop import Tiny, make_tiny
 from lossless.real import chat_prompts, real_llm
 from lossless.reference import OPTION_MIXES
 
-from paceline import LLM, SamplingParams
+from paceline import LLM, RequestSpeculation, SamplingParams
 from paceline.model.loader import LoadedModel
 from paceline.outputs import Generation
+from paceline.plan.registry import POLICIES
 from paceline.verify import coupled
 
 VOCAB = 48
@@ -98,6 +99,37 @@ def test_alone_and_in_a_batch_of_eight(tiny: Tiny, speculation: str) -> None:
     together = texts(llm.generate(prompts, [params(i) for i in range(8)]))
     alone = [texts(llm.generate(prompt, params(i)))[0] for i, prompt in enumerate(prompts)]
     assert together == alone
+
+
+def _mixed() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Each prompt at temperatures 0 and 1: as the plan likes it, with a cap and a weight, and without speculation."""
+    wishes = (None, RequestSpeculation(cap=2, weight=3.0), RequestSpeculation(off=True))
+    many = [
+        (prompt, params(100 + i, temperature=temperature, speculation=wish))
+        for i, prompt in enumerate(PROMPTS)
+        for temperature in (0.0, 1.0)
+        for wish in wishes
+    ]
+    return [list(prompt) for prompt, _ in many], [p for _, p in many]
+
+
+@pytest.fixture(scope="module")
+def unspeculated(tiny: Tiny) -> list[Any]:
+    """Texts of all of them, one by one."""
+    llm = tiny.llm("none")
+    return [text for prompt, p in zip(*_mixed(), strict=True) for text in texts(llm.generate(prompt, p))]
+
+
+@pytest.mark.parametrize("drafters", ["ngram+recycling", "ngram:k=2+recycling", "draft:model=DRAFT"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_one_text(tiny: Tiny, unspeculated: list[Any], policy: str, drafters: str) -> None:
+    """Twice, so that the second run meets a policy that has learned."""
+    llm = tiny.llm(f"{drafters}@{policy}{':k=4' * (policy == 'fixed')}")
+    for _ in range(2):
+        generations = llm.generate(*_mixed())
+        assert texts(generations) == unspeculated
+    if policy in ("fixed", "bass", "heuristic"):
+        assert sum(o.stats.accepted_tokens for g in generations for o in g.outputs) > 0
 
 
 @pytest.mark.parametrize("rule", ["coupled", "rejection"])

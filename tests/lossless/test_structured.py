@@ -433,7 +433,7 @@ def test_forced_tokens_are_always_accepted(writer: Bytes) -> None:
         tables = policy._estimates.tables()["grammar"]  # type: ignore[attr-defined]
     assert len(output.text) == 16
     assert output.stats.target_forwards < len(output.token_ids) - 6
-    assert tables[0] == 1.0
+    assert tables[0] > 1.0 - 1e-8
 
 
 def test_preemption_n_and_small_memory(writer: Bytes) -> None:

@@ -31,7 +31,7 @@ KNOWN = KEYS | {"model", "speculative_config", "config", "home"}  # PACELINE_HOM
 
 def exported_names() -> set[str]:
     """Names of all series after one of everything has happened."""
-    metrics = Metrics("m", lambda: EngineGauges(1, 1, 4, 1, 1, 1.0))
+    metrics = Metrics("m", lambda: EngineGauges(1, 1, 4, 1, 1, 1.0, 2.0, 0.5))
     request = Request("r", [1, 2], 1, SamplingParams(), seed=0)
     request.stats.drafted_by["ngram"] = 1
     news = RequestOutput("r", token_ids=(2,), drafters=("ngram",), finish_reason=FinishReason.STOP, num_draft_tokens=1)

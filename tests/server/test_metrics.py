@@ -18,7 +18,16 @@ from paceline.server.draft_counts import MAX_POSITIONS
 from paceline.server.metric_names import MAX_ROUTES, token_buckets
 from paceline.server.metrics import EngineGauges, Metrics
 
-GAUGES = EngineGauges(running=3, waiting=2, kv_blocks_total=100, kv_blocks_used=25, kv_blocks_cached=10, goodput=420.5)
+GAUGES = EngineGauges(
+    running=3,
+    waiting=2,
+    kv_blocks_total=100,
+    kv_blocks_used=25,
+    kv_blocks_cached=10,
+    goodput=420.5,
+    look_ahead=2.5,
+    slot_price=0.375,
+)
 VLLM_GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 VLLM_COUNTERS = (
     "prefix_cache_queries_total",
@@ -242,6 +251,7 @@ def test_gauges_are_read_at_scrape_time() -> None:
     assert found["vllm:kv_cache_usage_perc"] == 0.25
     assert found["paceline:kv_cache_blocks{state=free}"] == 65
     assert found["paceline:goodput_tokens_per_second"] == 420.5
+    assert (found["paceline:look_ahead_tokens"], found["paceline:slot_price"]) == (2.5, 0.375)
     assert found["vllm:cache_config_info{num_gpu_blocks=100}"] == 1
     state[0] = replace(GAUGES, running=9)
     assert samples(metrics)["vllm:num_requests_running"] == 9

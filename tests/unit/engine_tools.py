@@ -15,10 +15,9 @@ from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import PagedKV
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
-from paceline.engine.types import NodeLabel, RequestOutput, ScheduledBatch, ScheduledRequest, StepStats
+from paceline.engine.types import NodeLabels, RequestOutput, ScheduledBatch, ScheduledRequest, StepStats
 from paceline.model.loader import LoadedModel
 from paceline.model.runner import ModelRunner, kv_shape
-from paceline.plan.step_time import StepTime
 
 LIVELY: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": False, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
@@ -151,23 +150,37 @@ def decoding(requests: int = 1, max_tokens: int = 1000) -> ScheduledBatch:
     return batch_of(*made)
 
 
-def seconds_at(table: StepTime, size: float, requests: int = 1) -> float:
-    """Expected seconds of a step."""
-    return float(table.at(np.array([size]), requests)[0])
+def labels_of(*rows: tuple[str, int, bool], request: int = 0, predicted: float = 0.5) -> NodeLabels:
+    """Labels of nodes that hang from one request's root, from (drafter, key, accepted)."""
+    names = tuple(dict.fromkeys(name for name, _, _ in rows))
+    n = len(rows)
+    return NodeLabels(
+        names,
+        np.array([names.index(name) for name, _, _ in rows], dtype=np.int64),
+        np.array([key for _, key, _ in rows], dtype=np.int64),
+        np.ones(n, dtype=np.int64),
+        np.full(n, request, dtype=np.int64),
+        np.full(n, predicted),
+        np.array([accepted for _, _, accepted in rows], dtype=np.bool_),
+    )
 
 
-def step_stats(labels: list[NodeLabel], **changes: object) -> StepStats:
-    """What a step of one decoding request would report."""
-    fields: dict[str, object] = {
-        "num_tokens": 1,
-        "num_draft_nodes": 0,
-        "num_committed": 1,
-        "num_sampling": 1,
+def step_stats(labels: NodeLabels | None = None, **changes: Any) -> StepStats:
+    """What a step of one decoding request (or of `requests`) would report."""
+    requests = changes.pop("requests", None) or (make_request([3, 4]),)
+    count = len(requests)
+    fields: dict[str, Any] = {
+        "num_prompt_tokens": 0,
+        "num_context_tokens": 10 * count,
+        "num_sequences": count,
+        "committed": np.ones(count, dtype=np.int64),
+        "verified": np.zeros(count, dtype=np.int64),
         "forward_seconds": 0.01,
         "step_seconds": 0.01,
         "draft_seconds": {},
         "draft_depths": {},
-        "labels": labels,
+        "gains": {},
+        "labels": labels_of() if labels is None else labels,
         **changes,
     }
-    return StepStats(**fields)  # type: ignore[arg-type]
+    return StepStats(requests=tuple(requests), **fields)

@@ -181,7 +181,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate m --prompt a --logit-bias 5", "ID=X"),
         ("generate m --prompt a --dtype int8", "--dtype"),
         ("generate m --prompt a --max-model-len 0", "max_model_len"),
-        ("generate m --prompt a --speculation ngram:k=0", "ngram:k=0"),
+        ("generate m --prompt a --speculation ngram:k=300", "ngram:k=300"),
         ("generate m --prompt a --speculation auto --speculative-config {}", "not allowed with"),
         ("generate m --prompt a --speculation nonsense:k=2", "nonsense"),
         ("generate m --prompt a --rule nonsense", "nonsense"),

@@ -130,6 +130,7 @@ def test_every_proposer_of_a_shared_node_is_labelled() -> None:
     merged = merge(
         [("a", chain([5, 6], [0, 0])), ("b", chain([5, 7], [1, 1]))], {"a": np.array([0.9]), "b": np.full(2, 0.2)}
     )
-    labels = {(label.drafter, label.key, label.accepted) for label in node_labels(merged, [5, 7, 1])}
-    assert labels == {("a", 0, True), ("a", 0, False), ("b", 1, True)}
-    assert sum(label.drafter == "b" for label in node_labels(merged, [5, 7, 1])) == 2
+    found = node_labels([(0, merged, [5, 7, 1])], {"a": np.full((1, 2), 0.9), "b": np.full((1, 2), 0.2)})
+    rows = [found.names[d] for d in found.drafter], found.key.tolist(), found.accepted.tolist()
+    assert sorted(zip(*rows, strict=True)) == [("a", 0, False), ("a", 0, True), ("b", 1, True), ("b", 1, True)]
+    assert sorted(zip(rows[0], found.depth.tolist(), strict=True)) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]

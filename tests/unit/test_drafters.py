@@ -8,7 +8,7 @@ from engine_tools import greedy, llm, make_request, prompt_of, reference, run
 
 from paceline.draft.base import DraftContext, Proposal, chain
 from paceline.draft.drafting import Drafting
-from paceline.draft.ngram import MAX_KEY, NgramDrafter, NgramIndex
+from paceline.draft.ngram import LENGTH_CLASSES, NO_MATCH, Match, NgramDrafter, NgramIndex, follow_back, length_class
 from paceline.draft.prediction import PredictionDrafter
 from paceline.draft.recycling import LEVEL_SIZES, RecyclingDrafter, chain_template, static_template
 from paceline.engine.request import Request
@@ -30,19 +30,28 @@ def test_ngram_index_equals_brute_force(bounds: tuple[int, int]) -> None:
     index = NgramIndex(*bounds)
     tokens: list[int] = []
     found = 0
+    precedents: set[int] = set()
     for _ in range(400):
         new = rng.integers(0, 5, int(rng.integers(1, 4))).tolist()
         tokens += new
         index.extend(new)
-        expected = (-1, 0)
+        expected = NO_MATCH
         for n in range(bounds[1], bounds[0] - 1, -1):
             ends = [e for e in range(n, len(tokens)) if tokens[e - n : e] == tokens[-n:]]
             if ends and n <= len(tokens):
-                expected = (ends[-1], n)
+                went_on = [tokens[e] for e in ends[-2:]]
+                precedent = 0 if len(ends) == 1 else 1 if went_on[0] == went_on[1] else 2
+                expected = Match(ends[-1], n, precedent)
                 break
         assert index.find(tokens[-bounds[1] :]) == expected
-        found += expected[1] > 0
+        found += expected.length > 0
+        precedents.add(expected.precedent)
+        if expected.length:
+            before, now = tokens[: expected.at][::-1], tokens[::-1]
+            agree = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), len(before))
+            assert follow_back(tokens, expected) == min(agree, max(40, expected.length))
     assert found > 100
+    assert precedents == {0, 1, 2}
 
 
 def test_ngram_continues_after_the_last_occurrence() -> None:
@@ -51,18 +60,31 @@ def test_ngram_continues_after_the_last_occurrence() -> None:
     proposal = propose(drafter, request)
     assert proposal.tokens.tolist() == [5, 6, 7, 2, 3], "the draft ends where the text does"
     assert proposal.parents.tolist() == [-1, 0, 1, 2, 3]
-    assert proposal.key.tolist() == [2, 3, 4, 5, 6]
+    contested = 2 * LENGTH_CLASSES
+    assert proposal.key.tolist() == [contested + n for n in (2, 3, 4, 5, 6)], "4 came after the first 2, 3"
     assert propose(drafter, request, 2).tokens.tolist() == [5, 6]
     assert len(propose(drafter, request, 0)) == 0
     request.token_ids += [5, 6]  # committed: now a longer match
     assert propose(drafter, request, 2).tokens.tolist() == [7, 2]
-    assert propose(drafter, request, 1).key.tolist() == [3]
+    assert propose(drafter, request, 1).key.tolist() == [4], "2, 3, 5, 6 came once; three of them were looked up"
+
+
+def test_ngram_confidence_says_whether_it_happened_before() -> None:
+    drafter = NgramDrafter()
+    assert propose(drafter, make_request([1, 2, 7, 1, 2])).key[0] == 2
+    assert propose(drafter, make_request([1, 2, 7, 3, 1, 2, 7, 4, 1, 2])).key[0] == LENGTH_CLASSES + 2
+    assert propose(drafter, make_request([1, 2, 6, 3, 1, 2, 7, 4, 1, 2])).key[0] == 2 * LENGTH_CLASSES + 2
 
 
 def test_ngram_confidence_is_capped() -> None:
-    proposal = propose(NgramDrafter(lookup_max=32, lookup_min=1), make_request([1, 2, 3] * 20), 40)
-    assert proposal.key.max() == MAX_KEY
-    assert len(NgramDrafter().prior) == MAX_KEY + 1
+    proposal = propose(NgramDrafter(lookup_max=32, lookup_min=1), make_request([1, 2, 3] * 30), 60)
+    assert proposal.key.max() == 2 * LENGTH_CLASSES - 1
+    assert len(NgramDrafter().prior) == 3 * LENGTH_CLASSES
+    assert 0 < NgramDrafter().prior.min() < NgramDrafter().prior.max() < 1
+    classes = [length_class(n) for n in range(200)]
+    assert classes == sorted(classes)
+    assert classes[:11] == list(range(11))
+    assert set(classes) == set(range(LENGTH_CLASSES))
 
 
 @pytest.mark.parametrize("bounds", [(0, 2), (3, 2), (2, 33)])

@@ -7,17 +7,25 @@ import pytest
 import torch
 from engine_tools import batch_of, greedy, llm, make_request, prompt_of, reference, run, tree
 
-from paceline.engine.draft_tree import EMPTY_TREE
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.feedback import node_labels, observations, step_stats
-from paceline.engine.types import Acceptance, DraftBatch, InFlight, NodeLabel, SpecPlan, StepStats, TargetScores, Walk
+from paceline.engine.types import Acceptance, DraftBatch, InFlight, NodeLabels, SpecPlan, StepStats, TargetScores, Walk
 from paceline.outputs import generation_stats
 
 PROMPTS = [prompt_of(n) for n in (3, 18, 33, 12)]
 NEW = 17
 
 
-def labels(draft: object, committed: list[int]) -> list[tuple[str, int, bool]]:
-    return [(label.drafter, label.key, label.accepted) for label in node_labels(draft, committed)]  # type: ignore[arg-type]
+ACCEPTANCE = {name: np.full((2, 5), 0.5) for name in ("a", "b", "ngram", "idle")}
+
+
+def rows_of(found: NodeLabels) -> list[tuple[str, int, bool]]:
+    rows = zip(found.drafter.tolist(), found.key.tolist(), found.accepted.tolist(), strict=True)
+    return [(found.names[drafter], key, accepted) for drafter, key, accepted in rows]
+
+
+def labels(draft: DraftTree, committed: list[int]) -> list[tuple[str, int, bool]]:
+    return rows_of(node_labels([(0, draft, committed)], ACCEPTANCE))
 
 
 def test_a_chain_is_labelled_up_to_its_first_miss() -> None:
@@ -40,6 +48,19 @@ def test_siblings_are_labelled_on_the_committed_path_only() -> None:
     assert labels(draft, [5, 1]) == [("a", 0, True), ("b", 1, False), ("a", 2, False)]
 
 
+def test_labels_say_where_they_come_from() -> None:
+    """Depth, request and the plan's own estimate, for shared nodes as well; a drafter without nodes has no label."""
+    draft = tree([5, 6], [-1, 0], key=np.array([1, 2]), drafter=("a", "b"), shared=((0, "b", 4),))
+    acceptance = {name: rng.random((3, 5)) for rng, name in zip(np.random.default_rng(0).spawn(3), "abc", strict=True)}
+    found = node_labels([(2, draft, [5, 7]), (1, EMPTY_TREE, [5]), (0, draft, [6])], acceptance)
+    assert rows_of(found) == [("a", 1, True), ("b", 2, False), ("b", 4, True), ("a", 1, False), ("b", 4, False)]
+    assert found.depth.tolist() == [1, 2, 1, 1, 1]
+    assert found.request.tolist() == [0, 0, 0, 2, 2], "rows of those that committed"
+    a, b = acceptance["a"], acceptance["b"]
+    assert found.predicted.tolist() == [a[2, 1], b[2, 2], b[2, 4], a[0, 1], b[0, 4]], "rows of the plan"
+    assert len(node_labels([], acceptance)) == len(node_labels([], {})) == 0
+
+
 def in_flight(drafted: DraftBatch, verified: DraftBatch, walks: list[Walk | None], logits: np.ndarray) -> InFlight:
     requests = [make_request([*range(3, 9)]) for _ in walks]
     for request in requests:
@@ -50,7 +71,7 @@ def in_flight(drafted: DraftBatch, verified: DraftBatch, walks: list[Walk | None
         row += 1 + len(t)
     return InFlight(
         batch=batch_of(*requests),
-        plan=SpecPlan((4,) * len(walks), ("ngram",), 8, {}),
+        plan=SpecPlan(np.full(len(walks), 4), ("ngram",), 8, ACCEPTANCE),
         drafted=drafted,
         verified=verified,
         scores=TargetScores(torch.from_numpy(logits), tuple(first)),
@@ -64,24 +85,31 @@ def test_trimmed_nodes_are_labelled_too() -> None:
     """The plan kept one node of three; the bonus token still tells that the second was right as well."""
     whole = tree([5, 6, 7], [-1, 0, 1], key=np.arange(3))
     drafted = DraftBatch((whole, whole), {"ngram": 0.2, "idle": 0.1})
-    verified = DraftBatch((whole.keep(np.arange(1)), EMPTY_TREE))
+    verified = DraftBatch((whole.keep(np.arange(1)), EMPTY_TREE), slot_price=0.7)
     walks = [Walk((0,), (5, 6)), Walk((), (9,))]
     step = in_flight(drafted, verified, walks, np.zeros((3, 96), dtype=np.float32))
-    stats = step_stats(step, 1.5)
-    assert stats.labels == [NodeLabel("ngram", 0, True), NodeLabel("ngram", 1, True), NodeLabel("ngram", 0, False)]
-    assert (stats.num_tokens, stats.num_draft_nodes, stats.num_committed, stats.num_sampling) == (2, 1, 3, 2)
+    stats = step_stats(step, 1.5, {"ngram": 0.05, "never asked": 9.0})
+    assert rows_of(stats.labels) == [("ngram", 0, True), ("ngram", 1, True), ("ngram", 0, False)]
+    assert stats.labels.request.tolist() == [0, 0, 1]
+    assert (stats.committed.tolist(), stats.verified.tolist()) == ([2, 1], [1, 0])
+    assert (stats.num_draft_nodes, stats.num_committed, stats.num_sampling) == (1, 3, 2)
+    assert (stats.num_prompt_tokens, stats.num_sequences, stats.num_context_tokens) == (0, 2, 12)
+    assert stats.slot_price == 0.7
+    assert stats.gains == {"ngram": pytest.approx(0.9), "idle": 0.0}, "of verified nodes only"
     assert (stats.forward_seconds, stats.step_seconds) == (0.5, 1.5)
     assert stats.draft_depths == {"ngram": 3, "idle": 0}
-    assert stats.draft_seconds == {"ngram": 0.2, "idle": 0.1}
+    assert stats.draft_seconds == {"ngram": pytest.approx(0.25), "idle": 0.1}, "learning counts, for those asked"
 
 
 def test_a_failed_request_teaches_nothing() -> None:
     whole = tree([5, 6], [-1, 0])
-    drafts = DraftBatch((whole, whole))
+    drafts = DraftBatch((whole, whole), {"ngram": 0.1})
     step = in_flight(drafts, drafts, [None, Walk((0,), (5, 9))], np.zeros((6, 96), dtype=np.float32))
-    stats = step_stats(step, 1.0)
-    assert [label.accepted for label in stats.labels] == [True, False]
-    assert stats.num_committed == 2
+    stats = step_stats(step, 1.0, {})
+    assert stats.labels.accepted.tolist() == [True, False]
+    assert stats.labels.request.tolist() == [0, 0]
+    assert stats.requests == (step.batch.sampling[1].request,)
+    assert (stats.committed.tolist(), stats.verified.tolist()) == ([2], [2])
     assert len(list(observations(step, want_top_ids=True))) == 1
 
 
@@ -164,7 +192,9 @@ def test_the_counters_of_a_run_add_up(speculation: str, chunk: int) -> None:
     assert sum(s.num_draft_nodes for s in steps) == sum(r.stats.draft_tokens for r in requests)
     assert sum(s.num_sampling for s in steps) == sum(r.stats.target_forwards for r in requests)
     assert sum(s.num_committed for s in steps) >= NEW * len(requests)
-    assert all(s.num_tokens <= chunk for s in steps)
+    assert all(s.num_sampling + s.num_prompt_tokens <= chunk for s in steps)
+    assert sum(s.num_prompt_tokens for s in steps) == sum(len(p) for p in PROMPTS) - len(PROMPTS)
+    assert all(len(s.committed) == len(s.verified) == s.num_sampling <= s.num_sequences for s in steps)
     assert all(s.forward_seconds <= s.step_seconds for s in steps)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from engine_tools import greedy, llm, prompt_of, reference
 
 from paceline.config import EngineConfig
 from paceline.engine.builder import check_speculation
@@ -32,8 +33,15 @@ def test_none_and_auto() -> None:
         ("ngram:k=4+recycling:k=16", [DrafterSpec("ngram", 4), DrafterSpec("recycling", 16)], "fixed", {}),
         ("ngram+recycling:max=9", [DrafterSpec("ngram"), DrafterSpec("recycling", None, 9)], "auto", {}),
         ("ngram+recycling@auto", [DrafterSpec("ngram"), DrafterSpec("recycling")], "auto", {}),
-        ("ngram@fixed:k=3", [DrafterSpec("ngram", 3)], "fixed", {"k": "3"}),
-        ("ngram:k=5+recycling@fixed:k=3", [DrafterSpec("ngram", 5), DrafterSpec("recycling", 3)], "fixed", {"k": "3"}),
+        ("ngram:k=0", [DrafterSpec("ngram", 0)], "fixed", {}),
+        ("ngram:max=0", [DrafterSpec("ngram", None, 0)], "auto", {}),
+        ("ngram:k=4@auto", [DrafterSpec("ngram", 4)], "auto", {}),
+        ("ngram:k=4+recycling", [DrafterSpec("ngram", 4), DrafterSpec("recycling")], "auto", {}),
+        ("ngram:k=4+recycling@bass", [DrafterSpec("ngram", 4), DrafterSpec("recycling")], "bass", {}),
+        ("ngram@smartspec-request", [DrafterSpec("ngram")], "smartspec-request", {}),
+        ("ngram@threshold:p=0.2", [DrafterSpec("ngram")], "threshold", {"p": "0.2"}),
+        ("ngram@fixed:k=3", [DrafterSpec("ngram", 3)], "fixed", {}),
+        ("ngram:k=5+recycling@fixed:k=3", [DrafterSpec("ngram", 5), DrafterSpec("recycling", 3)], "fixed", {}),
         ("ngram@other:a=1,b='x,y@z'", [DrafterSpec("ngram")], "other", {"a": "1", "b": "x,y@z"}),
         ('draft:model="a+b,c@d",k=2', [DrafterSpec("draft", 2, None, {"model": "a+b,c@d"})], "fixed", {}),
         ("draft:model='say \"x\"'", [DrafterSpec("draft", None, None, {"model": 'say "x"'})], "auto", {}),
@@ -60,7 +68,6 @@ def test_grammar(text: str, drafters: list[DrafterSpec], policy: str, options: d
         ("ngram:=4", "key=value"),
         ("ngram:k=4,", "key=value"),
         ("ngram:k=4,k=5", "twice"),
-        ("ngram:k=0", "whole number"),
         ("ngram:k=-1", "whole number"),
         (f"ngram:k={MAX_LENGTH + 1}", "whole number"),
         ("ngram:k=4.5", "whole number"),
@@ -72,8 +79,8 @@ def test_grammar(text: str, drafters: list[DrafterSpec], policy: str, options: d
         ("ngram@auto@fixed", "more than one"),
         ("ngram@fixed", "needs k="),
         ("ngram@fixed:k=x", "whole number"),
-        ("ngram:k=4+recycling", "every drafter"),
-        ("ngram:k=4@auto", "every drafter"),
+        ("ngram:max=4+recycling@fixed:k=2", "no max="),
+        ("ngram:k=4+recycling@fixed", "needs k="),
         ("draft:model='abc", "not closed"),
     ],
 )
@@ -126,7 +133,42 @@ def test_vllm_json_that_is_refused(text: str) -> None:
         from_vllm_json(text)
 
 
-@pytest.mark.parametrize("spec", ["ngram@auto:alpha=3", "ngram@fixed:k=4,bogus=1", "ngram:max=9@fixed:k=4", "ngram@x"])
-def test_policy_options_are_not_dropped_silently(spec: str) -> None:
-    with pytest.raises(SpeculationSpecError):
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ngram@auto:alpha=3", "no option 'alpha'.*It takes: share"),
+        ("ngram@fixed:k=4,bogus=1", "no option 'bogus'.*It takes none"),
+        ("ngram:max=9@fixed:k=4", "no max="),
+        ("ngram@x", "unknown policy 'x'.*Known policies: auto, bass"),
+        ("ngram@auto:share=much", "share=much is impossible"),
+        ("ngram@auto:share=-0.1", "between 0 and 10"),
+        ("ngram@auto:share=nan", "between 0 and 10"),
+        ("ngram@threshold:p=1.5", "between 0 and 1"),
+    ],
+)
+def test_policy_options_are_not_dropped_silently(spec: str, message: str) -> None:
+    with pytest.raises(SpeculationSpecError, match=message):
         check_speculation(EngineConfig(speculation=spec))
+
+
+def test_policy_options_arrive_typed() -> None:
+    assert check_speculation(EngineConfig(speculation="ngram@auto:share=0.25")).policy_options == {"share": 0.25}
+    assert check_speculation(EngineConfig(speculation="ngram@threshold:p=0.2")).policy_options == {"p": 0.2}
+    assert check_speculation(EngineConfig(speculation="ngram:k=3@bass")).policy_options == {}
+
+
+def test_a_fixed_length_among_planned_ones_reaches_the_policy() -> None:
+    """`k=` is a promise whatever the policy; `@fixed` needs no such distinction."""
+    engine = llm("ngram:k=3+recycling:max=9@heuristic").engine
+    by_name = {d.name: d for d in engine.stages.policy._drafters}
+    assert (by_name["ngram"].most, by_name["ngram"].fixed) == (3, True)
+    assert (by_name["recycling"].most, by_name["recycling"].fixed) == (9, False)
+    assert not any(d.fixed for d in llm("ngram:k=3").engine.stages.policy._drafters)
+
+
+@pytest.mark.parametrize("spec", ["ngram:k=0", "ngram:max=0", "ngram:k=0+recycling:k=0", "ngram:max=0@bass"])
+def test_a_length_of_zero_never_drafts(spec: str) -> None:
+    engine = llm(spec)
+    (found,) = engine.generate(prompt_of(20), greedy(12))
+    assert found.token_ids == reference(prompt_of(20), 12)
+    assert found.outputs[0].stats.draft_tokens == 0
