@@ -129,9 +129,9 @@ class DraftBatch:
         if self.kept is None:
             return self.drafted
         trees, start = [], 0
-        for tree in self.drafted:
-            trees.append(tree.keep(np.flatnonzero(self.kept[start : start + len(tree)])) if len(tree) else tree)
-            start += len(tree)
+        for tree, size in zip(self.drafted, [len(tree.tokens) for tree in self.drafted], strict=True):
+            trees.append(tree.keep(self.kept[start : start + size].nonzero()[0]) if size else tree)
+            start += size
         return tuple(trees)
 
     @cached_property

@@ -48,11 +48,9 @@ class Labels:
     predicted: FloatArray  # [n]
     accepted: BoolArray  # [n]
 
-    def where(self, mine: BoolArray) -> Labels:
-        """Some of the labels."""
-        return Labels(
-            self.drafter[mine], self.place[mine], self.request[mine], self.predicted[mine], self.accepted[mine]
-        )
+    def take(self, mine: IntArray, request: IntArray) -> Labels:
+        """Some of the labels, their requests numbered anew."""
+        return Labels(self.drafter[mine], self.place[mine], request, self.predicted[mine], self.accepted[mine])
 
 
 class Evidence:
@@ -66,7 +64,7 @@ class Evidence:
     def __init__(self, prior: FloatArray, drafters: int) -> None:
         self._prior = prior
         self.counts = np.zeros((2, len(prior)))  # fading [seen, accepted]
-        self._weights = np.full((MEMORIES, drafters), _FIRST_WEIGHT)
+        self.weights = np.full((MEMORIES, drafters), _FIRST_WEIGHT)
         self._curvature = np.zeros((3, drafters))  # [00, 01, 11]
         self._odds: FloatArray | None = None
 
@@ -78,12 +76,6 @@ class Evidence:
             chance = np.minimum(np.maximum(chance, _CERTAIN), 1.0 - _CERTAIN)
             self._odds = chance / (1.0 - chance)
         return self._odds
-
-    def offsets(self, records: FloatArray) -> FloatArray:
-        """What to add to the log-odds.  # [requests, MEMORIES, drafters] -> [requests, drafters]"""
-        added = (records * self._weights).sum(axis=1)
-        bounded: FloatArray = np.minimum(np.maximum(added, -_MAX_OFFSET), _MAX_OFFSET)
-        return bounded
 
     def learn(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """Take in labels and update the records of their requests in place.
@@ -99,7 +91,7 @@ class Evidence:
 
     def learn_many(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """The vectorised form."""
-        drafters = self._weights.shape[1]
+        drafters = self.weights.shape[1]
         mine, accepted = records[rows], labels.accepted  # [requests, MEMORIES * drafters]
         x0, x1 = mine[labels.request, labels.drafter], mine[labels.request, drafters + labels.drafter]
         error, spread = accepted - labels.predicted, labels.predicted * (1.0 - labels.predicted)
@@ -120,7 +112,7 @@ class Evidence:
 
     def learn_few(self, labels: Labels, records: FloatArray, rows: IntArray) -> None:
         """The same, label by label."""
-        drafters = self._weights.shape[1]
+        drafters = self.weights.shape[1]
         steps: dict[int, list[float]] = {}
         counts: dict[int, list[float]] = {}
         surprises: dict[tuple[int, int], float] = {}
@@ -156,7 +148,7 @@ class Evidence:
         moves = ((d * sums[0] - h01 * sums[1]) / determinant, (a * sums[1] - h01 * sums[0]) / determinant)
         low, high = _WEIGHT_RANGE
         for memory, move in enumerate(moves):
-            self._weights[memory, drafter] = min(max(self._weights.item(memory, drafter) + move, low), high)
+            self.weights[memory, drafter] = min(max(self.weights.item(memory, drafter) + move, low), high)
 
     def _typical(self, place: IntArray) -> FloatArray:
         seen, hits = self.counts[:, place]
@@ -170,3 +162,10 @@ class Evidence:
         self.counts *= np.where(seen > 0, _FADE, 1.0)
         self.counts[0] += seen
         self.counts[1] += np.bincount(place, accepted, minlength=self.counts.shape[1])
+
+
+def offsets(records: FloatArray, weights: FloatArray) -> FloatArray:
+    """What records add to the log-odds.  # [requests, MEMORIES, drafters] twice -> [requests, drafters]"""
+    added = (records * weights).sum(axis=1)
+    bounded: FloatArray = np.minimum(np.maximum(added, -_MAX_OFFSET), _MAX_OFFSET)
+    return bounded

@@ -39,7 +39,7 @@ _MEMORY = 0.97
 _URGENCY = 8.0
 """Most that a deadline multiplies a request's weight by."""
 _EVERY_STEP = 64
-"""First steps, in which costs are learned and read anew every time."""
+"""First steps, in which costs are learned and read anew every time; later every `_KEEP_STEPS`."""
 _NET_MEMORY = 0.7
 """Of what each depth is worth: the best of noisy values is mostly noise, and depths that change cost most."""
 _KEEP_STEPS = 8
@@ -62,30 +62,27 @@ class PricedCut:
         survival = candidates.survival[: len(times) - 1]
         if not len(survival):
             return 0
-        if self.weights is None:
-            size = self._best(survival, times)
-        else:
+        worth, longest = survival, len(survival)
+        if self.weights is not None:
             fair = self._best(-np.sort(-survival), times)
+            worth = survival * self.weights[candidates.request[:longest]]
             longest = int(np.searchsorted(times, (1.0 + self.share) * times[fair], side="right")) - 1
-            size = min(self._best(survival * self.weights[candidates.request[: len(survival)]], times), longest)
-        return size if self.protect is None else self._protected(size, times, candidates)
-
-    def _best(self, worth: FloatArray, times: FloatArray) -> int:
-        value = worth.cumsum() - self.goodput * (times[1 : len(worth) + 1] - times[0])
-        best = int(value.argmax())
-        return best + 1 if value[best] > 0.0 else 0
-
-    def _protected(self, size: int, times: FloatArray, candidates: Candidates) -> int:
-        """The greatest size up to `size` at which nobody's expected rate falls too far."""
-        assert self.protect is not None, "checked by the caller"
-        requests = len(candidates.fixed)
-        while size:
-            gain = np.bincount(candidates.request[:size], candidates.survival[:size], minlength=requests).min()
+        size = self._best(worth[:longest], times)
+        while size and self.protect is not None:
+            gain = np.bincount(candidates.request[:size], survival[:size], minlength=len(candidates.fixed)).min()
             limit = (1.0 + self.protect) * (1.0 + gain) * times[0]
             if times[size] <= limit:
                 break
-            size = int(np.searchsorted(times[:size], limit, side="right")) - 1
-        return max(size, 0)
+            size = self._best(worth[: int(np.searchsorted(times[:size], limit, side="right")) - 1], times)
+        return size
+
+    def _best(self, worth: FloatArray, times: FloatArray) -> int:
+        """The size of greatest value among the first ones."""
+        if not len(worth):
+            return 0
+        value = worth.cumsum() - self.goodput * (times[1 : len(worth) + 1] - times[0])
+        best = int(value.argmax())
+        return best + 1 if value[best] > 0.0 else 0
 
 
 class Goodput:
@@ -111,6 +108,8 @@ class _StepTimes:
     """Expected step times, good for a few steps."""
 
     seconds: FloatArray  # [most + 1]
+    plain: float
+    """Of the decoding requests alone, without prompt chunks and draft nodes."""
     best_rate: float
     """Most draft tokens per second of extra time, were all of them accepted."""
     until: int
@@ -124,7 +123,8 @@ class GoodputLength:
         estimates: acceptance by class and request.
         cost: what steps take.
         share: most that a step may be lengthened, beyond what goodput asks for, for requests of greater weight.
-        protect: most that a request's expected rate may fall below plain decoding; None: goodput decides alone.
+        protect: most that a request's expected rate may fall below plain decoding, as far as verification decides it;
+            None: goodput decides alone.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class GoodputLength:
         if not room:
             return _NOBODY
         times = self._times(batch, asked, min(room, _MAX_BUCKET))
-        goodput = self._goodput.at(len(asked), times.seconds.item(0))
+        goodput = self._goodput.at(len(asked), times.plain)
         limits = self._limits(asked, times, goodput)
         if not limits:
             return _NOBODY
@@ -178,7 +178,7 @@ class GoodputLength:
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, costs, goodput, and what the drafters are worth."""
         self._estimates.learn(stats)
-        if self._step <= _EVERY_STEP or self._step % 2 == 0:
+        if self._step <= _EVERY_STEP or self._step % _KEEP_STEPS == 0:
             self._cost.learn(stats, self._costly)
         requests = stats.num_sampling
         if not requests:
@@ -213,7 +213,10 @@ class GoodputLength:
         if len(self._kept_times) >= _KEPT_TIMES:
             self._kept_times.clear()
         keep_for = 1 if self._step <= _EVERY_STEP else _KEEP_STEPS
-        found = self._kept_times[key] = _StepTimes(seconds, best, self._step + keep_for)
+        plain = seconds.item(0)
+        if batch.num_tokens > len(asked):
+            plain = self._cost.step_seconds(len(asked), 0, len(asked), asked.num_tokens).item(0)
+        found = self._kept_times[key] = _StepTimes(seconds, plain, best, self._step + keep_for)
         return found
 
     def _limits(self, asked: Sampling, times: _StepTimes, goodput: float) -> dict[str, int | IntArray]:
@@ -240,6 +243,7 @@ class GoodputLength:
         """
         count = len(asked)
         survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most)  # [count, depth]
+        survival = survival * (np.arange(drafter.most) < asked.room[:, None])
         order = np.argsort(-survival, axis=None, kind="stable")[: len(times) - 1]
         ranked, depths = survival.ravel()[order], order % drafter.most
         taken = depths[None] <= np.arange(drafter.most)[:, None]  # [depth, nodes]

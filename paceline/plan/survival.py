@@ -14,7 +14,7 @@ import numpy as np
 from paceline.arrays import FloatArray, IntArray
 from paceline.engine.request import Request
 from paceline.engine.types import StepStats
-from paceline.plan.evidence import MEMORIES, Evidence, Labels
+from paceline.plan.evidence import MEMORIES, Evidence, Labels, offsets
 from paceline.plan.requests import RequestTable
 
 _MAX_TENANTS = 256
@@ -82,11 +82,18 @@ class AcceptanceEstimates:
         if len(salts) == 1 and rows.min() >= 0:
             self._learn(salts[0], chosen, labels.depth, rows)
             return
-        for salt in dict.fromkeys(salts):
-            own = np.array([s == salt for s in salts]) if len(salts) > 1 else np.ones(len(rows), dtype=np.bool_)
-            mine = (own & (rows >= 0))[labels.request]
-            if mine.any():
-                self._learn(salt, chosen.where(mine), labels.depth[mine], rows)
+        number = {salt: i for i, salt in enumerate(dict.fromkeys(salts))}
+        tenant = np.array([number[salt] for salt in salts]) if len(salts) > 1 else np.zeros(len(rows), dtype=np.int64)
+        tenant[rows < 0] = -1
+        of_label = tenant[labels.request]
+        order = of_label.argsort(kind="stable")
+        bounds = np.searchsorted(of_label[order], np.arange(len(number) + 1))
+        for salt, i in number.items():
+            mine = order[bounds[i] : bounds[i + 1]]
+            if len(mine):
+                own, request = np.unique(labels.request[mine], return_inverse=True)
+                part = chosen.take(mine, request)
+                self._learn(salt, part, labels.depth[mine], rows[own])
 
     def forget(self, request: Request) -> None:
         """Drop a finished request's record."""
@@ -103,9 +110,10 @@ class AcceptanceEstimates:
         """What each request's record multiplies its odds by.  # [requests, drafters]"""
         records = self.requests.records[rows].reshape(len(rows), MEMORIES, len(self.names))
         if len(salts) == 1:
-            return np.asarray(np.exp(self._of(salts[0]).offsets(records)))
-        each = [self._of(salt).offsets(records[i : i + 1])[0] for i, salt in enumerate(salts)]
-        return np.asarray(np.exp(np.stack(each)))
+            weights = self._of(salts[0]).weights
+        else:
+            weights = np.stack([self._of(salt).weights for salt in salts])
+        return np.asarray(np.exp(offsets(records, weights)))
 
     def _odds(self, salts: Sequence[str]) -> FloatArray:
         """Odds by class and depth.  # [len(salts), all]"""

@@ -17,7 +17,10 @@ _TRIALS = 8
 """Steps in which a drafter is asked before it is judged."""
 _SHADOW_SHARE = 0.001
 """Of all time, for one drafter that does not pay."""
-_MAX_PERIOD = 64
+_LONG_PERIOD = 64
+"""Looks come at least so often, ..."""
+_LARGE_LOOK = 0.2
+"""... unless one takes more than this share of a step; then so much more seldom."""
 
 
 class DrafterUse:
@@ -35,8 +38,9 @@ class DrafterUse:
 
     def due(self, step: int, seconds: float, step_seconds: float) -> bool:
         """Whether it is time for a look in shadow that takes `seconds`."""
-        period = math.ceil(seconds / (_SHADOW_SHARE * step_seconds))
-        return step - self.last >= min(max(period, 1), _MAX_PERIOD)
+        share = seconds / step_seconds
+        longest = _LONG_PERIOD * max(1.0, share / _LARGE_LOOK)
+        return step - self.last >= min(max(math.ceil(share / _SHADOW_SHARE), 1), longest)
 
     def learn(self, gain: float, seconds: float, goodput: float) -> None:
         """Take in a step in which it was asked; values per sampling request."""

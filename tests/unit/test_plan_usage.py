@@ -40,7 +40,7 @@ def test_a_useless_drafter_is_asked_in_shadow_only() -> None:
 
 @pytest.mark.parametrize("seconds", [0.00002, 0.0002, 0.001])
 def test_the_time_of_looks_is_bounded_for_cheap_and_dear_drafters(seconds: float) -> None:
-    """Looks come once in 64 steps at least, so one that takes a tenth of a step takes 0.15% of all time."""
+    """Short looks come once in 64 steps at least, so one of a tenth of a step takes 0.15% of all time."""
     steps = World([SimDrafter(odds=steady(0.0), seconds=seconds)]).run(400)[100:]
     assert share_of_time(steps, "ngram") < 0.004
     looks = np.flatnonzero(asked(steps, "ngram"))
