@@ -215,10 +215,14 @@ def parse_policy(text: str, most: int) -> tuple[str, dict[str, str], int]:
     Raises:
         InputError: it cannot be read, or does not exist.
     """
+    if text == "fixed":
+        raise InputError(
+            "fixed needs a length.", field="--policy", fix="Write fixed:k=3, or best-fixed for all of them."
+        )
     try:
-        spec = parse_speculation(f"ngram:k=0@{text}" if text.startswith("fixed") else f"ngram@{text}")
+        spec = parse_speculation(f"ngram@{text}")
         if spec.policy == "fixed":
-            length = parse_speculation(f"ngram@{text}").drafters[0].k
+            length = spec.drafters[0].k
             assert length is not None, "the parser gives every drafter a length under this policy"
             return "fixed", {}, length
         check_policy(spec.policy, spec.policy_options)
