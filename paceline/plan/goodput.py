@@ -257,8 +257,7 @@ class GoodputLength:
         return depth
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
-        """What a token of each request is worth; one that would miss its deadline at the common rate weighs more.
-        # [len(asked)]"""
+        """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""
         now, rate = time.perf_counter(), goodput / len(asked)
         weights = []
         for request in asked.requests:
