@@ -146,6 +146,7 @@ class Steps:
             draft_seconds=drafted.seconds,
             draft_depths=dict.fromkeys(drafted.seconds, self.nodes),
             gains=gains,
+            nodes={name: kept.num_nodes if name == "ngram" else 0 for name in drafted.seconds},
             labels=labels,
             slot_price=kept.slot_price,
         )

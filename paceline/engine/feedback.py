@@ -24,6 +24,7 @@ def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str
     rows = zip(step.batch.sampling, step.drafted.trees, step.acceptance.walks, strict=True)
     walked = [(i, item, tree, walk) for i, (item, tree, walk) in enumerate(rows) if walk is not None]
     asked = step.drafted.seconds
+    gains, nodes = _gains(step.verified, asked)
     return StepStats(
         requests=tuple(item.request for _, item, _, _ in walked),
         num_prompt_tokens=step.batch.num_tokens - len(step.batch.sampling),
@@ -35,7 +36,8 @@ def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str
         step_seconds=step_seconds,
         draft_seconds={name: seconds + observe_seconds.get(name, 0.0) for name, seconds in asked.items()},
         draft_depths=_depths(step.drafted),
-        gains=_gains(step.verified, asked),
+        gains=gains,
+        nodes=nodes,
         labels=node_labels([(i, tree, walk.tokens) for i, _, tree, walk in walked], step.plan.acceptance),
         slot_price=step.verified.slot_price,
     )
@@ -116,9 +118,12 @@ def _depths(drafts: DraftBatch) -> dict[str, int]:
     return deepest
 
 
-def _gains(verified: DraftBatch, asked: Iterable[str]) -> dict[str, float]:
+def _gains(verified: DraftBatch, asked: Iterable[str]) -> tuple[dict[str, float], dict[str, int]]:
+    """Total survival and number of each drafter's verified nodes."""
     gains: dict[str, float] = dict.fromkeys(asked, 0.0)
+    nodes: dict[str, int] = dict.fromkeys(asked, 0)
     for tree in verified.trees:
         for name, survival in zip(tree.drafter, tree.survival.tolist(), strict=True):
             gains[name] += survival
-    return gains
+            nodes[name] += 1
+    return gains, nodes

@@ -314,6 +314,8 @@ class StepStats:
     """Longest path each drafter proposed: the number of its forwards if it is a model."""
     gains: Mapping[str, float]
     """Tokens each drafter was expected to bring: the survival of its verified nodes."""
+    nodes: Mapping[str, int]
+    """Verified nodes of each drafter that was asked."""
     labels: NodeLabels
     slot_price: float | None = None
     """See `DraftBatch.slot_price`."""

@@ -148,6 +148,7 @@ class GoodputLength:
         self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
         self._net: dict[str, FloatArray] = {}  # by drafter, what each depth is worth  # [most]
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
+        self._last_times: FloatArray | None = None
         self._kept_times: dict[tuple[int, int, int], _StepTimes] = {}
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
@@ -158,6 +159,7 @@ class GoodputLength:
         if not room:
             return _NOBODY
         times = self._times(batch, asked, min(room, _MAX_BUCKET))
+        self._last_times = times.seconds
         goodput = self._goodput.at(len(asked), times.plain)
         limits = self._limits(asked, times, goodput)
         if not limits:
@@ -187,11 +189,19 @@ class GoodputLength:
         if stats.num_prompt_tokens:
             seconds *= self._decode_share(stats)
         self._goodput.learn(requests, stats.num_committed, seconds)
-        self._usage.learn(stats, self._goodput.at(requests, seconds))
+        goodput = self._goodput.at(requests, seconds)
+        self._usage.learn(stats, goodput, self._node_cost(stats.num_draft_nodes, goodput))
 
     def forget(self, request: Request) -> None:
         """Drop a finished request's estimates."""
         self._estimates.forget(request)
+
+    def _node_cost(self, nodes: int, goodput: float) -> float:
+        """Tokens that each of a step's draft nodes cost on average."""
+        times = self._last_times
+        if not nodes or times is None:
+            return 0.0
+        return goodput * (times.item(min(nodes, len(times) - 1)) - times.item(0)) / nodes
 
     def _decode_share(self, stats: StepStats) -> float:
         """The share of a mixed step's time that it would have taken without its prompt tokens."""

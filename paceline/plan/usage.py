@@ -1,8 +1,9 @@
 """Which drafters are asked: those that bring more than their time is worth, and the others now and then.
 
-What a drafter brings is the survival of its verified nodes; what it costs is measured. One that does not pay is asked
-in shadow, once in so many steps that its time stays a small share of the whole; its nodes are labelled, so that the
-estimates never go blind, and a shadow step in which it pays brings it back at once.
+What a drafter brings is the survival of its verified nodes less what verifying them cost; what its own time costs is
+measured. One that does not pay is asked in shadow, once in so many steps that its time stays a small share of the
+whole; its nodes are labelled, so that the estimates never go blind, and a shadow step in which it pays brings it back
+at once.
 """
 
 from __future__ import annotations
@@ -82,13 +83,20 @@ class Usage:
             return True
         return False
 
-    def learn(self, stats: StepStats, goodput: float) -> None:
-        """Take in gains and costs of those asked."""
+    def learn(self, stats: StepStats, goodput: float, node_cost: float) -> None:
+        """Take in gains and costs of those asked.
+
+        Args:
+            stats: of the step.
+            goodput: tokens per second that time is worth.
+            node_cost: what verifying a node of this step cost, in tokens.
+        """
         requests = stats.num_sampling
         if requests:
             for name, seconds in stats.draft_seconds.items():
                 use = self._use.setdefault(name, DrafterUse())
-                use.learn(stats.gains.get(name, 0.0) / requests, seconds / requests, goodput)
+                net = stats.gains.get(name, 0.0) - node_cost * stats.nodes.get(name, 0)
+                use.learn(max(net, 0.0) / requests, seconds / requests, goodput)
 
     def rates(self) -> Mapping[str, tuple[float, float]]:
         """Expected tokens and seconds per request and step, by drafter."""

@@ -180,6 +180,7 @@ def step_stats(labels: NodeLabels | None = None, **changes: Any) -> StepStats:
         "draft_seconds": {},
         "draft_depths": {},
         "gains": {},
+        "nodes": {},
         "labels": labels_of() if labels is None else labels,
         **changes,
     }

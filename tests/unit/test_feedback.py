@@ -96,6 +96,8 @@ def test_trimmed_nodes_are_labelled_too() -> None:
     assert (stats.num_prompt_tokens, stats.num_sequences, stats.num_context_tokens) == (0, 2, 12)
     assert stats.slot_price == 0.7
     assert stats.gains == {"ngram": pytest.approx(0.9), "idle": 0.0}, "of verified nodes only"
+    assert stats.nodes["idle"] == 0
+    assert sum(stats.nodes.values()) == stats.num_draft_nodes
     assert (stats.forward_seconds, stats.step_seconds) == (0.5, 1.5)
     assert stats.draft_depths == {"ngram": 3, "idle": 0}
     assert stats.draft_seconds == {"ngram": pytest.approx(0.25), "idle": 0.1}, "learning counts, for those asked"

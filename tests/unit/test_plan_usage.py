@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from engine_tools import step_stats
 from plan_tools import SimDrafter, Step, World, flat_then_linear, goodput, steep
 
 from paceline.engine.types import Tap
@@ -123,7 +124,7 @@ def test_rates_are_per_request_and_step() -> None:
     usage = Usage()
     world = World([SimDrafter("ngram", odds=steady(0.9), seconds=0.0003)], requests=4)
     for step in world.run(50):
-        usage.learn(step.stats, 100.0)
+        usage.learn(step.stats, 100.0, 0.0)
     gain, seconds = usage.rates()["ngram"]
     assert seconds == pytest.approx(0.0003)
     assert 1.0 < gain < 16.0
@@ -134,3 +135,12 @@ def test_dear_slots_leave_room_for_certain_tokens() -> None:
     """A full machine on which a token costs nine tenths of a step still takes drafts that are always right."""
     steps = World([SimDrafter(odds=steady(1.0), prior=np.array([0.9]))], seconds=steep).run(300)
     assert np.mean([s.nodes for s in steps[200:]]) > 1
+
+
+def test_slots_that_cost_as_much_as_they_bring_are_no_gain() -> None:
+    usage = Usage()
+    stats = step_stats(draft_seconds={"ngram": 0.001}, gains={"ngram": 1.2}, nodes={"ngram": 4})
+    usage.learn(stats, 10.0, 0.25)
+    assert usage.rates()["ngram"][0] == pytest.approx(0.2)
+    usage.learn(stats, 10.0, 0.5)
+    assert usage.rates()["ngram"][0] < 0.2, "and never less than nothing"
