@@ -178,8 +178,9 @@ class Replay:
         outcome.steps += 1
         outcome.draft_tokens += verified.num_nodes
         outcome.lengths.append(verified.num_nodes / max(len(sampling), 1))
-        if verified.slot_price is not None:
-            outcome.prices.append(verified.slot_price)
+        price = verified.slot_price if plan.slot_price is None else plan.slot_price
+        if price is not None:
+            outcome.prices.append(price)
 
     def _draft(self, batch: ScheduledBatch, plan: SpecPlan, drafting: Drafting) -> tuple[DraftBatch, DraftBatch]:
         if not plan.looks_ahead:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +50,8 @@ class Row:
     over_none: float | None
     """Goodput over that without look-ahead."""
     over_best_fixed: float | None
+    latency_gain: float | None
+    """Mean latency of the best fixed length over this one's."""
     gap_closed: float | None
     """Share of the way from the best fixed length to the oracle."""
     best_k: int | None
@@ -72,26 +75,30 @@ def expand(policies: Sequence[str], most: int) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-def run_points(points: Sequence[Point], table: CostTable, workers: int) -> Iterator[tuple[Point, list[Outcome]]]:
-    """The outcomes of every point's settings, as they become ready."""
+def run_points(points: Sequence[Point], table: CostTable, workers: int) -> Iterator[tuple[Point, Setting, Outcome]]:
+    """The outcome of every point's settings, as they become ready."""
     if workers == 1:
         for point in points:
-            yield point, run_point(point, table)
+            for setting in point.settings:
+                yield point, setting, run_one(point, setting, table)
         return
-    with ProcessPoolExecutor(workers) as pool:
-        futures = {pool.submit(run_point, point, table): point for point in points}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, initializer=_leave_interrupts_to_the_parent)
+    try:
+        futures = {pool.submit(run_one, p, setting, table): (p, setting) for p in points for setting in p.settings}
+        for future in as_completed(futures):
+            yield *futures[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run_point(point: Point, table: CostTable) -> list[Outcome]:
-    """All settings of one point."""
-    trace, script = _script(point.path, point.requests, point.settings[0].drafter)
-    replay = Replay(trace, {script.name: script}, table)
-    return [replay.run(setting) for setting in point.settings]
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_one(point: Point, setting: Setting, table: CostTable) -> Outcome:
+    """One run."""
+    trace, script = _script(point.path, point.requests, setting.drafter)
+    return Replay(trace, {script.name: script}, table).run(setting)
 
 
 @lru_cache(maxsize=4)
@@ -105,25 +112,31 @@ def _script(path: str, requests: int | None, drafter: str) -> tuple[list[Recorde
     return trace, Script(trace, drafter)
 
 
-def rows_of(point: Point, outcomes: Sequence[Outcome], policies: Sequence[str]) -> list[Row]:
-    """One row per policy that was asked for."""
-    by_policy = {setting.policy: outcome for setting, outcome in zip(point.settings, outcomes, strict=True)}
-    fixed = {p: o.goodput for p, o in by_policy.items() if p == NONE or p.startswith("fixed:")}
-    best = max(fixed, key=lambda p: fixed[p]) if BEST_FIXED in policies else None
+def rows_of(point: Point, outcomes: Mapping[str, Outcome], policies: Sequence[str]) -> list[Row]:
+    """One row per policy that was asked for and has been run; `best-fixed` needs all lengths."""
+    lengths = [s.policy for s in point.settings if s.policy == NONE or s.policy.startswith("fixed:")]
+    complete = BEST_FIXED in policies and all(policy in outcomes for policy in lengths)
+    best = max(lengths, key=lambda policy: _merit(point, outcomes[policy])) if complete else None
     rows = []
     for policy in policies:
         shown = best if policy == BEST_FIXED else policy
-        assert shown is not None, "best-fixed was asked for"
-        rows.append(_row(point, policy, by_policy, shown, best))
+        if shown is not None and shown in outcomes:
+            rows.append(_row(point, policy, outcomes, shown, best))
     return rows
 
 
-def _row(point: Point, policy: str, outcomes: dict[str, Outcome], shown: str, best: str | None) -> Row:
+def _merit(point: Point, outcome: Outcome) -> float:
+    """What makes a fixed length the best: goodput, or with arrivals (which decide the goodput) a short latency."""
+    latency = outcome.mean_latency
+    return -latency if point.settings[0].arrivals and latency is not None else outcome.goodput
+
+
+def _row(point: Point, policy: str, outcomes: Mapping[str, Outcome], shown: str, best: str | None) -> Row:
     setting, outcome = point.settings[0], outcomes[shown]
-    fixed = None if best is None else outcomes[best].goodput
-    plain = outcomes[NONE].goodput if NONE in outcomes else None
-    oracle = outcomes[ORACLE].goodput if ORACLE in outcomes else None
-    behind = None if fixed is None or oracle is None or oracle <= fixed else oracle - fixed
+    fixed = None if best is None else outcomes[best]
+    plain, oracle = outcomes.get(NONE), outcomes.get(ORACLE)
+    gap = None if fixed is None or oracle is None else oracle.goodput - fixed.goodput
+    decode_steps = max(outcome.tokens - outcome.accepted_tokens, 1)
     return Row(
         trace=point.name,
         drafter=setting.drafter,
@@ -132,17 +145,22 @@ def _row(point: Point, policy: str, outcomes: dict[str, Outcome], shown: str, be
         goodput=outcome.goodput,
         mean_latency=outcome.mean_latency,
         p99_latency=float(np.percentile(outcome.latencies, 99)) if outcome.latencies else None,
-        over_none=None if plain is None else outcome.goodput / plain,
-        over_best_fixed=None if fixed is None else outcome.goodput / fixed,
-        gap_closed=None if behind is None or fixed is None else (outcome.goodput - fixed) / behind,
+        over_none=None if plain is None else outcome.goodput / plain.goodput,
+        over_best_fixed=None if fixed is None else outcome.goodput / fixed.goodput,
+        latency_gain=_ratio(None if fixed is None else fixed.mean_latency, outcome.mean_latency),
+        gap_closed=None if not gap or gap < 0 or fixed is None else (outcome.goodput - fixed.goodput) / gap,
         best_k=_length(shown) if policy == BEST_FIXED else None,
-        mean_accepted_length=outcome.tokens / max(outcome.tokens - outcome.accepted_tokens, 1),
-        drafted_per_step=outcome.draft_tokens / max(outcome.tokens - outcome.accepted_tokens, 1),
+        mean_accepted_length=outcome.tokens / decode_steps,
+        drafted_per_step=outcome.draft_tokens / decode_steps,
         slot_price=float(np.mean(outcome.prices)) if outcome.prices else None,
         tokens=outcome.tokens,
         seconds=outcome.seconds,
         steps=outcome.steps,
     )
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
 
 
 def _length(policy: str) -> int:

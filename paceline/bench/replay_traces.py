@@ -26,7 +26,8 @@ from paceline.engine.types import Observation, Tap
 from paceline.errors import InputError
 
 RECORDED = "recorded:"
-_DEEPEST = 16
+DEEPEST = 16
+"""Draft tokens that are kept of every proposal."""
 _KEYS = 16
 WRONG = 1 << 40
 """Token ids from here on are in no vocabulary."""
@@ -49,11 +50,15 @@ def read_trace(path: str | Path, *, limit: int | None = None) -> list[Recorded]:
         InputError: it cannot be read, a line does not have the form above (the message names it), or it is empty.
     """
     rows: list[Recorded] = []
+    seen: set[str] = set()
     try:
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip() and (limit is None or len(rows) < limit):
                     rows.append(_row(line, number, path))
+                    if rows[-1].id in seen:
+                        raise InputError(f"line {number} of {path} has the id of an earlier one.", field="--trace")
+                    seen.add(rows[-1].id)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} ({error}).", field="--trace") from error
     if not rows:
@@ -73,7 +78,7 @@ def _row(line: str, number: int, path: str | Path) -> Recorded:
             if key.startswith("acc_")
         }
         return Recorded(str(item.get("id", number)), prompt or (0,), output, right)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"line {number} of {path} is no recorded request ({reason}).", field="--trace") from error
 
@@ -81,6 +86,8 @@ def _row(line: str, number: int, path: str | Path) -> Recorded:
 def _right(lengths: Sequence[int], count: int) -> IntArray:
     """Right draft tokens per position, as far as the output goes; positions without a record have none."""
     right = np.zeros(count, dtype=np.int64)
+    if not all(isinstance(n, int) for n in lengths):
+        raise ValueError("acc_len must hold whole numbers")
     known = np.asarray(lengths[:count], dtype=np.int64) - 1
     if known.size and known.min() < 0:
         raise ValueError("acc_len must be at least 1")
@@ -138,9 +145,9 @@ class Script:
 
 def _replayed(item: Recorded, name: str) -> Iterator[Proposal]:
     for position, right in enumerate(item.right[name].tolist()):
-        good = list(item.output[position : position + min(right, _DEEPEST)])
-        wrong = [WRONG + depth for depth in range(_DEEPEST - len(good))]
-        yield chain(good + wrong, [min(depth, _KEYS - 1) for depth in range(_DEEPEST)])
+        good = list(item.output[position : position + min(right, DEEPEST)])
+        wrong = [WRONG + depth for depth in range(DEEPEST - len(good))]
+        yield chain(good + wrong, [min(depth, _KEYS - 1) for depth in range(DEEPEST)])
 
 
 def _token_reader(name: str) -> Any:
@@ -157,7 +164,7 @@ def _token_reader(name: str) -> Any:
 def _drafted(item: Recorded, drafter: Any) -> Iterator[Proposal]:
     request = Request(item.id, list(item.prompt), len(item.prompt), SamplingParams(temperature=0.0), seed=0)
     for token in item.output:
-        yield drafter.propose([DraftContext(request, _DEEPEST)])[0]
+        yield drafter.propose([DraftContext(request, DEEPEST)])[0]
         request.token_ids.append(token)
     drafter.forget(request)
 

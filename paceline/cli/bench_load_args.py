@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from typing import Any
 
 from paceline.cli import options
+from paceline.cli.numbers import count, list_of, not_negative, positive
 from paceline.config import EngineConfig
 from paceline.errors import ConfigError
 
@@ -38,6 +37,7 @@ def add_arguments(kinds: Any) -> Any:
     """Add the kind's parser with all its options."""
     parser = kinds.add_parser(
         "load",
+        prog="paceline bench load",
         help="latency and throughput under load, in process or of any OpenAI server",
         description="Latency, throughput, SLO attainment and speculation under load: users who wait for their answers, "
         "random arrivals, or those of a trace.",
@@ -60,28 +60,26 @@ def add_arguments(kinds: Any) -> Any:
 def _add_load(parser: Any) -> None:
     group = parser.add_argument_group("load")
     level = group.add_mutually_exclusive_group()
-    level.add_argument("--users", type=_list_of(_count), metavar="N[,N]", help="users who ask, wait, and ask again")
-    level.add_argument("--rate", type=_list_of(_positive), metavar="R[,R]", help="random arrivals per second")
+    level.add_argument("--users", type=list_of(count), metavar="N[,N]", help="users who ask, wait, and ask again")
+    level.add_argument("--rate", type=list_of(positive), metavar="R[,R]", help="random arrivals per second")
     level.add_argument("--trace", metavar="FILE", help="arrivals and lengths of a trace")
+    group.add_argument("--rate-factor", type=list_of(positive), metavar="X[,X]", help="speed of the trace (default: 1)")
     group.add_argument(
-        "--rate-factor", type=_list_of(_positive), metavar="X[,X]", help="speed of the trace (default: 1)"
+        "--requests", type=count, metavar="N", help="requests per run (default: 4 per user, 8 at least; open loop: 64)"
     )
-    group.add_argument(
-        "--requests", type=_count, metavar="N", help="requests per run (default: 4 per user, 8 at least; open loop: 64)"
-    )
-    group.add_argument("--duration", type=_positive, metavar="S", help="send requests for that many seconds instead")
-    group.add_argument("--repeats", type=_count, default=1, metavar="N", help="times to run everything (default: 1)")
+    group.add_argument("--duration", type=positive, metavar="S", help="send requests for that many seconds instead")
+    group.add_argument("--repeats", type=count, default=1, metavar="N", help="times to run everything (default: 1)")
 
 
 def _add_requests(parser: Any) -> None:
     group = parser.add_argument_group("requests")
     group.add_argument("--questions", metavar="FILE", help="question file (default: a small set of our own)")
     group.add_argument(
-        "--max-tokens", type=_count, default=64, metavar="N", help="output tokens without a trace (default: 64)"
+        "--max-tokens", type=count, default=64, metavar="N", help="output tokens without a trace (default: 64)"
     )
-    group.add_argument("--length-scale", type=_positive, metavar="F", help="multiply the trace's lengths")
-    group.add_argument("--max-context", type=_count, metavar="N", help="cap the trace's context lengths")
-    group.add_argument("--max-output", type=_count, metavar="N", help="cap the trace's output lengths")
+    group.add_argument("--length-scale", type=positive, metavar="F", help="multiply the trace's lengths")
+    group.add_argument("--max-context", type=count, metavar="N", help="cap the trace's context lengths")
+    group.add_argument("--max-output", type=count, metavar="N", help="cap the trace's output lengths")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts, arrivals, sampling (default: 0)")
     group.add_argument(
@@ -94,9 +92,9 @@ def _add_requests(parser: Any) -> None:
 
 def _add_limits(parser: Any) -> None:
     group = parser.add_argument_group("what a request must keep to (0: no limit)")
-    group.add_argument("--slo-ttft", type=_not_negative, default=2000.0, metavar="MS", help="default: 2000")
-    group.add_argument("--slo-itl", type=_not_negative, default=200.0, metavar="MS", help="mean; default: 200")
-    group.add_argument("--slo-e2e", type=_positive, metavar="S", help="default: no limit")
+    group.add_argument("--slo-ttft", type=not_negative, default=2000.0, metavar="MS", help="default: 2000")
+    group.add_argument("--slo-itl", type=not_negative, default=200.0, metavar="MS", help="mean; default: 200")
+    group.add_argument("--slo-e2e", type=positive, metavar="S", help="default: no limit")
 
 
 def _add_http(parser: Any) -> None:
@@ -104,7 +102,7 @@ def _add_http(parser: Any) -> None:
     group.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     group.add_argument("--api-key", metavar="KEY", help="sent to every --url")
     group.add_argument(
-        "--timeout", type=_positive, default=600.0, metavar="S", help="silence that fails a request (default: 600)"
+        "--timeout", type=positive, default=600.0, metavar="S", help="silence that fails a request (default: 600)"
     )
 
 
@@ -145,32 +143,3 @@ def _named_url(text: str) -> tuple[str, str]:
     if not (equals and name and url.startswith(("http://", "https://"))):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=http://HOST:PORT")
     return name, url
-
-
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def convert(text: str) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
-
-    return convert
-
-
-def _number(text: str, kind: Callable[[str], float], what: str, least: float, *, above: bool = False) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, "a whole number of at least 1", 1))
-
-
-def _positive(text: str) -> float:
-    return _number(text, float, "a number above 0", 0, above=True)
-
-
-def _not_negative(text: str) -> float:
-    return _number(text, float, "a number of at least 0", 0)

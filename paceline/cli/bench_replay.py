@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
+from paceline.cli.numbers import count, list_of, positive, whole
 from paceline.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from paceline.bench.replay import Outcome
     from paceline.bench.replay_table import Point, Row
     from paceline.plan.cost_model import CostTable
 
@@ -33,11 +35,14 @@ draft tokens are right), and those of --speculation: auto, smartspec, smartspec-
 Same input, same result: time is modelled, nothing is random but what --seed draws.
 """
 
+_SETTINGS = ("most", "tokens", "requests", "prefill", "rate", "arrivals", "rate_factor", "seed")
+
 
 def register(kinds: Any) -> None:
     """Add the kind."""
     parser = kinds.add_parser(
         "replay",
+        prog="paceline bench replay",
         help="length policies on recorded outputs and modelled step times",
         description="How many tokens per second each length policy gets out of recorded outputs, on an event clock.",
         usage="paceline bench replay --trace FILE [FILE ...] --cost FILE --policy P [P ...] --batch N[,N] [options]",
@@ -46,27 +51,27 @@ def register(kinds: Any) -> None:
     parser.add_argument("--trace", nargs="+", metavar="FILE", required=True, help="recorded outputs")
     parser.add_argument("--cost", metavar="FILE", required=True, help="cost table, as `paceline profile --json` writes")
     parser.add_argument("--policy", nargs="+", metavar="P", required=True, help="policies to compare")
-    parser.add_argument("--batch", type=_counts, metavar="N[,N]", required=True, help="requests at once (at most)")
+    parser.add_argument("--batch", type=list_of(count), metavar="N[,N]", required=True, help="requests at once")
     parser.add_argument(
         "--drafter",
         nargs="+",
         metavar="D",
         help="recorded:NAME or a drafter that reads only tokens (default: all that are recorded, and ngram)",
     )
-    parser.add_argument("--most", type=_count, default=8, metavar="N", help="most draft tokens (default: 8)")
+    parser.add_argument("--most", type=count, default=8, metavar="N", help="most draft tokens, up to 16 (default: 8)")
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="tokens per run (default: 30000, and 240 per request at once)"
+        "--tokens", type=count, metavar="N", help="tokens per run (default: 30000, and 240 per request at once)"
     )
-    parser.add_argument("--requests", type=_count, metavar="N", help="requests taken from each file (default: all)")
+    parser.add_argument("--requests", type=count, metavar="N", help="requests taken from each file (default: all)")
     parser.add_argument(
-        "--prefill", type=_count, default=0, metavar="N", help="prompt tokens per step (default: prompts count as read)"
+        "--prefill", type=count, default=0, metavar="N", help="prompt tokens per step (default: prompts count as read)"
     )
     arrivals = parser.add_mutually_exclusive_group()
-    arrivals.add_argument("--rate", type=_positive, metavar="R", help="random arrivals per second, not a closed loop")
+    arrivals.add_argument("--rate", type=positive, metavar="R", help="random arrivals per second, not a closed loop")
     arrivals.add_argument("--arrivals", metavar="FILE", help="arrival times of a trace (CSV with TIMESTAMP)")
-    parser.add_argument("--rate-factor", type=_positive, default=1.0, metavar="X", help="speed of --arrivals")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of order and random arrivals (default: 0)")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="processes (default: the number of cores)")
+    parser.add_argument("--rate-factor", type=positive, default=1.0, metavar="X", help="speed of --arrivals")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of order and random arrivals (default: 0)")
+    parser.add_argument("--jobs", type=count, metavar="N", help="processes (default: the number of cores)")
     options.add_json_option(parser, "write the rows as JSON to FILE (and a chart beside it), or to stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the chart to this file")
     parser.set_defaults(run=run)
@@ -77,25 +82,24 @@ def run(args: argparse.Namespace) -> int:
     from paceline.bench.replay_table import rows_of
     from paceline.plan.cost_model import CostTable
 
-    plot = args.plot or (str(Path(args.json).with_suffix(".png")) if args.json not in (None, "-") else None)
     options.check_writable(args.json, "--json")
-    options.check_writable(plot, "--plot")
+    plot = options.chart_path(args.json, args.plot)
     table = CostTable.load(args.cost, "--cost")
     points = _points(args)
     console = options.stderr_console()
-    found: dict[Point, list[Row]] = {}
+    found: dict[Point, dict[str, Outcome]] = {point: {} for point in points}
     stopped: KeyboardInterrupt | None = None
     try:
-        for point, outcomes in _run(points, table, args.jobs, console):
-            found[point] = rows_of(point, outcomes, args.policy)
+        for point, setting, outcome in _run(points, table, args.jobs, console):
+            found[point][setting.policy] = outcome
     except KeyboardInterrupt as error:
         stopped = error
-    rows = [row for point in points if point in found for row in found[point]]
+    rows = [row for point in points for row in rows_of(point, found[point], args.policy)]
     result = {
         "cost": str(args.cost),
         "about_cost": dict(table.about),
         "complete": stopped is None,
-        "settings": {name: getattr(args, name) for name in ("most", "prefill", "rate", "arrivals", "seed")},
+        "settings": {name: getattr(args, name) for name in _SETTINGS},
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     _report(result, rows, args.json, plot)
@@ -108,8 +112,10 @@ def _points(args: argparse.Namespace) -> list[Point]:
     """Every load, checked before anything runs."""
     from paceline.bench.replay import NONE, ORACLE, Setting, parse_policy
     from paceline.bench.replay_table import BEST_FIXED, Point, expand
-    from paceline.bench.replay_traces import RECORDED, check_drafter, read_trace
+    from paceline.bench.replay_traces import DEEPEST, RECORDED, check_drafter, read_trace
 
+    if args.most > DEEPEST:
+        raise InputError(f"is {args.most}; proposals are kept up to {DEEPEST} tokens.", field="--most")
     policies = list(dict.fromkeys(args.policy))
     args.policy = policies
     for policy in policies:
@@ -157,11 +163,12 @@ def _run(points: Sequence[Point], table: CostTable, jobs: int | None, console: C
     from paceline.bench.replay_table import run_points
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    workers = min(jobs or os.cpu_count() or 1, len(points))
+    runs = sum(len(point.settings) for point in points)
+    workers = min(jobs or os.cpu_count() or 1, runs)
     with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bar:
-        task = bar.add_task("replaying", total=len(points))
-        for point, outcomes in run_points(points, table, workers):
-            yield point, outcomes
+        task = bar.add_task("replaying", total=runs)
+        for found in run_points(points, table, workers):
+            yield found
             bar.update(task, advance=1)
 
 
@@ -191,7 +198,7 @@ def table_of(rows: Sequence[Row]) -> Table:
         result.add_column(name, overflow="fold")
     result.add_column("batch", justify="right")
     result.add_column("policy", overflow="fold")
-    for name in ("tokens\nper s", "over\nnone", "over best\nfixed", "gap\nclosed", "mean\nlatency", "tokens\nper step"):
+    for name in ("tokens\nper s", "over\nnone", "over best\nfixed", "gap\nclosed", "mean\nlatency", "latency\ngain"):
         result.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         load = (row.trace, row.drafter, row.batch)
@@ -211,7 +218,7 @@ def _cells(row: Row) -> list[str]:
         _times(row.over_best_fixed),
         "–" if row.gap_closed is None else f"{row.gap_closed:.0%}",
         "–" if row.mean_latency is None else f"{row.mean_latency:.3g} s",
-        f"{row.mean_accepted_length:.2f}",
+        _times(row.latency_gain),
     ]
 
 
@@ -223,27 +230,12 @@ def _times(ratio: float | None) -> str:
 
 
 def _note(rows: Sequence[Row]) -> str:
-    lines = ["Replay: recorded tokens and acceptance, modelled time. Red: more than half a percent slower."]
+    lines = [
+        "Replay: recorded tokens and acceptance, modelled time. Red: more than half a percent slower.",
+        "Latency gain: mean latency of the best fixed length over the policy's. With arrivals best means by latency.",
+    ]
     for policy in dict.fromkeys(row.policy for row in rows):
         ratios = [r.over_best_fixed for r in rows if r.policy == policy and r.over_best_fixed is not None]
         if ratios and policy != "best-fixed":
             lines.append(f"{policy}: {min(ratios):.3f} to {max(ratios):.3f} times the best fixed length.")
     return "\n".join(lines)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _counts(text: str) -> list[int]:
-    return list(dict.fromkeys(_count(part) for part in text.split(",")))
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("must be a positive number")
-    return value

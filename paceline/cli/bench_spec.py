@@ -6,10 +6,10 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
+from paceline.cli.numbers import count
 from paceline.errors import PacelineError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def register(kinds: Any) -> None:
     """Add the kind."""
     parser = kinds.add_parser(
         "spec",
+        prog="paceline bench spec",
         help="speculation against none, task by task",
         description="Speedup over no speculation and mean accepted length per task, with 95% intervals, and "
         "whether the output is the same.",
@@ -56,9 +57,9 @@ def register(kinds: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, hub id or built-in name (smollm2-135m)")
     parser.add_argument("--speculation", nargs="+", metavar="SPEC", required=True, help="settings to compare with none")
     parser.add_argument("--questions", metavar="FILE", help="question file (default: a small set of our own)")
-    parser.add_argument("--limit", type=_count, metavar="N", help="most questions per task (default: all)")
-    parser.add_argument("--turns", type=_count, default=1, metavar="N", help="turns per question (default: 1)")
-    parser.add_argument("--repeats", type=_count, default=1, metavar="N", help="times to ask everything (default: 1)")
+    parser.add_argument("--limit", type=count, metavar="N", help="most questions per task (default: all)")
+    parser.add_argument("--turns", type=count, default=1, metavar="N", help="turns per question (default: 1)")
+    parser.add_argument("--repeats", type=count, default=1, metavar="N", help="times to ask everything (default: 1)")
     options.add_json_option(parser, "write all numbers as JSON to FILE (and a chart beside it), or to stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the chart to this file")
     options.add_sampling_options(parser, DEFAULTS)
@@ -76,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     for text in specs:
         options.check_engine({**engine, "speculation": text})
     params = options.sampling_params(args)
-    plot = args.plot or (str(Path(args.json).with_suffix(".png")) if args.json not in (None, "-") else None)
     options.check_writable(args.json, "--json")
-    options.check_writable(plot, "--plot")
+    plot = options.chart_path(args.json, args.plot)
     source = args.questions or spec.builtin_questions()
     lines = options.read_jsonl(source, "--questions")
     questions = spec.parse_questions(lines, limit=args.limit, name="--questions")
@@ -206,10 +206,3 @@ def note(result: dict[str, Any], rows: Sequence[Row]) -> str:
     if any(row.same_output < row.compared for row in rows) and result["host"]["dtype"] != "float32":
         lines.append("In bfloat16 rounding depends on the batch's shape and can tip near ties; try --dtype float32.")
     return "\n".join(lines)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value

@@ -36,6 +36,7 @@ def _bias(text: str) -> tuple[int, float]:
     return int(token), float(value)
 
 
+CHARTS = (".png", ".svg", ".pdf")
 PLAIN_WIDTH = 120
 """Columns of tables that go to a file or a pipe."""
 
@@ -232,6 +233,22 @@ def check_writable(path: str | None, field: str) -> None:
     if target.is_dir() or not target.parent.is_dir():
         reason = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
         raise ConfigError(f"{path} {reason}.", field=field)
+
+
+def chart_path(json_path: str | None, plot: str | None) -> str | None:
+    """Where the chart goes: `plot`, or beside the JSON file.
+
+    Raises:
+        ConfigError: it cannot be written there, is no kind of picture we draw, or is the JSON file itself.
+    """
+    if plot is None and json_path not in (None, "-"):
+        plot = str(Path(str(json_path)).with_suffix(".png"))
+        if plot == json_path:
+            raise ConfigError(f"{json_path} is where the chart goes.", field="--json", fix="Name the file .json.")
+    if plot is not None and Path(plot).suffix.lower() not in CHARTS:
+        raise ConfigError(f"{plot} is no picture we can draw.", field="--plot", fix=f"End it in {', '.join(CHARTS)}.")
+    check_writable(plot, "--plot")
+    return plot
 
 
 def write_json(value: object, path: str) -> None:

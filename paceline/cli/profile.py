@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
@@ -59,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from paceline.bench.roofline import measure_roofline
 
     engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": "none"}))
-    plot = args.plot or (str(Path(args.json).with_suffix(".png")) if args.json not in (None, "-") else None)
     options.check_writable(args.json, "--json")
-    options.check_writable(plot, "--plot")
+    plot = options.chart_path(args.json, args.plot)
     console = options.stderr_console()
     with options.open_llm(args.model, engine, console) as llm:
         table, source = costs(llm, console, refresh=args.refresh)

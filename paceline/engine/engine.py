@@ -196,7 +196,8 @@ class Engine:
             started = time.perf_counter()
             for observation in observations(step, want_top_ids=wanted) if shown else ():
                 stages.drafting.observe(observation, shown)
-            seconds = dict.fromkeys((d.name for d in shown if d.taps), time.perf_counter() - started)
+            tapping = [d.name for d in shown if d.taps]
+            seconds = dict.fromkeys(tapping, (time.perf_counter() - started) / max(len(tapping), 1))
         self.last_stats = step_stats(step, time.perf_counter() - step.started, seconds)
         if self.last_stats.slot_price is not None:
             self.slot_price = self.last_stats.slot_price

@@ -39,7 +39,7 @@ def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str
         gains=gains,
         nodes=nodes,
         labels=node_labels([(i, tree, walk.tokens) for i, _, tree, walk in walked], step.plan.acceptance),
-        slot_price=step.verified.slot_price,
+        slot_price=step.verified.slot_price if step.plan.slot_price is None else step.plan.slot_price,
     )
 
 

@@ -105,6 +105,8 @@ class SpecPlan:
     """What a token of each request is worth beside another's; None: all the same."""
     observers: frozenset[str] | None = None
     """Drafters that are shown what the step committed; None: all."""
+    slot_price: float | None = None
+    """Set where the plan itself found that no node would be worth its slot."""
 
     @property
     def looks_ahead(self) -> bool:

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from paceline.arrays import FloatArray, IntArray
+from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.engine.request import Request
 from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
 from paceline.plan.base import DrafterLimits, Sampling, sampling
@@ -66,14 +66,14 @@ class PricedCut:
         if self.weights is not None:
             fair = self._best(-np.sort(-survival), times)
             worth = survival * self.weights[candidates.request[:longest]]
-            longest = int(np.searchsorted(times, (1.0 + self.share) * times[fair], side="right")) - 1
+            longest = _last(times <= (1.0 + self.share) * times[fair])
         size = self._best(worth[:longest], times)
         while size and self.protect is not None:
             gain = np.bincount(candidates.request[:size], survival[:size], minlength=len(candidates.fixed)).min()
             limit = (1.0 + self.protect) * (1.0 + gain) * times[0]
             if times[size] <= limit:
                 break
-            size = self._best(worth[: int(np.searchsorted(times[:size], limit, side="right")) - 1], times)
+            size = self._best(worth[: _last(times[:size] <= limit)], times)
         return size
 
     def _best(self, worth: FloatArray, times: FloatArray) -> int:
@@ -83,6 +83,11 @@ class PricedCut:
         value = worth.cumsum() - self.goodput * (times[1 : len(worth) + 1] - times[0])
         best = int(value.argmax())
         return best + 1 if value[best] > 0.0 else 0
+
+
+def _last(holds: BoolArray) -> int:
+    """The last size for which something holds; times need not ascend, since they are corrected by measurement."""
+    return int(holds.nonzero()[0][-1])
 
 
 class Goodput:
@@ -149,7 +154,7 @@ class GoodputLength:
         self._net: dict[str, FloatArray] = {}  # by drafter, what each depth is worth  # [most]
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
         self._last_times: FloatArray | None = None
-        self._kept_times: dict[tuple[int, int, int], _StepTimes] = {}
+        self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
@@ -163,7 +168,7 @@ class GoodputLength:
         goodput = self._goodput.at(len(asked), times.plain)
         limits = self._limits(asked, times, goodput)
         if not limits:
-            return _NOBODY
+            return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
         return SpecPlan(
             budgets=asked.room,
@@ -201,7 +206,7 @@ class GoodputLength:
         times = self._last_times
         if not nodes or times is None:
             return 0.0
-        return goodput * (times.item(min(nodes, len(times) - 1)) - times.item(0)) / nodes
+        return max(goodput * (times.item(min(nodes, len(times) - 1)) - times.item(0)) / nodes, 0.0)
 
     def _decode_share(self, stats: StepStats) -> float:
         """The share of a mixed step's time that it would have taken without its prompt tokens."""
@@ -212,7 +217,7 @@ class GoodputLength:
 
     def _times(self, batch: ScheduledBatch, asked: Sampling, most: int) -> _StepTimes:
         """Expected times over 0 .. `most` draft nodes; kept for a few steps, in which they hardly change."""
-        key = (batch.num_tokens, len(batch.items), most)
+        key = (batch.num_tokens, len(batch.items), most, asked.num_tokens.bit_length())
         known = self._kept_times.get(key)
         if known is not None and self._step < known.until:
             return known
@@ -234,7 +239,7 @@ class GoodputLength:
         limits: dict[str, int | IntArray] = {}
         plain, worthless = times.seconds.item(0), times.best_rate <= goodput
         for d in self._drafters:
-            if d.fixed:
+            if d.fixed or not d.most:
                 depth = d.most
             elif d.cost_per_token:
                 depth = self._depth(d, asked, times.seconds, goodput)
@@ -280,6 +285,7 @@ class GoodputLength:
 
 _NOBODY = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={}, observers=frozenset())
 """Nobody may look ahead, and no drafter spends time on it."""
+_NOTHING_PAYS = replace(_NOBODY, slot_price=1.0)
 
 
 def _level(requests: int) -> int:

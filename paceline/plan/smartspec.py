@@ -66,12 +66,14 @@ class SmartSpec:
         self._estimates.forget(request)
 
     def _best(self, num_committed: int, sequences: int, requests: int, context: float) -> int:
-        times = self._cost.step_seconds(num_committed, self._most * requests, sequences, context)
+        most = sum(d.most for d in self._drafters)
+        times = self._cost.step_seconds(num_committed, most * requests, sequences, context)
         best, best_goodput = 0, _ZERO_BONUS * requests / float(times[0])
         for k in range(1, self._most + 1):
             length = sum(self._rate**i for i in range(k + 1))
             drafting = sum(self._cost.draft_seconds(d.name, k, requests) for d in self._drafters if d.cost_per_token)
-            goodput = requests * length / (float(times[k * requests]) + drafting)
+            nodes = requests * sum(min(k, d.most) for d in self._drafters)
+            goodput = requests * length / (float(times[nodes]) + drafting)
             if goodput < best_goodput:
                 break
             best, best_goodput = k, goodput

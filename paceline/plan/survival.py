@@ -1,7 +1,7 @@
 """Online estimates of acceptance: by drafter and confidence class, corrected by each request's own record.
 
-`evidence.py` says how they are learned. Evidence is kept per tenant salt, so that nobody can read from timing what
-others generate.
+`evidence.py` says how they are learned. Evidence is kept per tenant salt: what one tenant's text says about acceptance
+never reaches another's estimates. (Step times, goodput and which drafters pay are those of the whole machine.)
 """
 
 from __future__ import annotations

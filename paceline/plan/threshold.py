@@ -51,9 +51,11 @@ class ThresholdLength:
         return plan_lengths(asked, np.full(len(asked), self._most), drafters, self._estimates, self._cut)
 
     def _capped(self, drafter: DrafterLimits, asked: Sampling) -> DrafterLimits:
+        if drafter.fixed or not drafter.most:
+            return drafter
         survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most).mean(axis=0)
         deepest = max(1, int(np.count_nonzero(survival >= self._cut.floor)))
-        return drafter if drafter.fixed else DrafterLimits(drafter.name, deepest, True)
+        return DrafterLimits(drafter.name, deepest, True)
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance."""
