@@ -472,3 +472,27 @@ def test_it_changes_no_text(speculation: str) -> None:
     for _ in range(2):
         found = engine.generate(prompts, greedy(16))
         assert [g.token_ids for g in found] == [reference(p, 16) for p in prompts]
+
+
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 1.0]), np.array([0.5, 2.0])])
+def test_times_that_do_not_ascend_cost_nobody_a_node(weights: np.ndarray | None) -> None:
+    """Measured corrections make times uneven; a cap on them never falls below what goodput alone would verify."""
+    found = Candidates(np.array([0.9, 0.8, 0.7, 0.6]), np.array([0, 1, 0, 1]), np.zeros(2, dtype=np.int64))
+    times = np.array([1.0, 1.02, 1.5, 1.01, 1.03])
+    assert PricedCut(times, 1.0, share=0.1, weights=weights).size(found) == 4
+    assert PricedCut(times, 1.0, share=0.1, protect=0.1).size(found) == 4
+
+
+@pytest.mark.parametrize("policy", ["auto", "threshold", "smartspec", "smartspec-request", "bass", "heuristic"])
+def test_a_draft_model_capped_at_zero_is_left_alone(policy: str) -> None:
+    drafter = SimDrafter("draft", odds=steady(1.0), cost_per_token=True, seconds=1e-4, most=0)
+    steps = World([drafter, SimDrafter("ngram", odds=steady(0.9))], policy=policy).run(30)
+    assert sum(s.nodes for s in steps) > 0
+    assert not any("draft" in s.stats.draft_seconds for s in steps)
+
+
+def test_the_slot_price_is_one_when_nothing_pays() -> None:
+    steps = World([SimDrafter(odds=steady(0.0), seconds=0.001)]).run(100)
+    unasked = [s for s in steps[50:] if "ngram" not in s.stats.draft_seconds]
+    assert unasked
+    assert all(s.stats.slot_price == 1.0 for s in unasked)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from paceline.bench.replay import Outcome, Replay, Setting
+from paceline.bench.replay_table import Point, rows_of
 from paceline.bench.replay_traces import Recorded, Script, check_drafter, read_trace
 from paceline.cli.main import main
 from paceline.errors import InputError
@@ -190,3 +191,47 @@ def test_bad_input_ends_with_two(
     words |= {change[0]: change[1]}
     assert main(["bench", "replay", *(part for pair in words.items() for part in pair)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_an_id_twice_and_broken_lengths_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    row = {"id": "a", "prompt_token_ids": [1], "generated_token_ids": [1]}
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=r"line 2 .* earlier"):
+        read_trace(path)
+    path.write_text(json.dumps({**row, "acc_x": {"acc_len": [2.7]}}))
+    with pytest.raises(InputError, match=r"line 1 .* whole numbers"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--most", "17"], "--most"),
+        (["--plot", "chart.xyz"], ".png"),
+        (["--json", "rows.png"], ".json"),
+    ],
+)
+def test_what_would_fail_after_the_work_is_refused_before(
+    files: tuple[str, str], more: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "replay", "--trace", files[0], "--cost", files[1], "--policy", "none", "--batch", "1"]
+    assert main([*words, *more]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_with_arrivals_the_best_length_is_that_of_the_shortest_latency() -> None:
+    items = trace(accept=0.9, length=80)
+    arrivals = tuple(0.4 * i for i in range(len(items)))
+    settings = tuple(
+        Setting(policy, "recorded:eagle", 4, arrivals=arrivals) for policy in ("none", "fixed:k=1", "fixed:k=4")
+    )
+    replay = Replay(items, {"recorded:eagle": Script(items, "recorded:eagle")}, TABLE)
+    outcomes = {setting.policy: replay.run(setting) for setting in settings}
+    point = Point("x.jsonl", None, settings)
+    (row,) = rows_of(point, outcomes, ["best-fixed"])
+    assert row.best_k == 4
+    assert row.mean_latency == min(o.mean_latency or 0.0 for o in outcomes.values())
+    del outcomes["fixed:k=1"]
+    assert not rows_of(point, outcomes, ["best-fixed"]), "an interrupted bench has no best of all"
+    assert [r.policy for r in rows_of(point, outcomes, ["none", "auto"])] == ["none"]
