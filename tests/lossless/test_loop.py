@@ -189,7 +189,7 @@ def test_dropping_sampled_tokens_is_caught(tiny: Tiny, monkeypatch: pytest.Monke
 
     def draft(*arguments: Any) -> DraftBatch:
         made = real(*arguments)
-        return dataclasses.replace(made, trees=tuple(_without_unlikely(tree) for tree in made.trees))
+        return dataclasses.replace(made, drafted=tuple(_without_unlikely(tree) for tree in made.trees))
 
     monkeypatch.setattr(drafting, "draft", draft)
     assert run(llm, {}, FEWER).law_p_value(exact_joint(tiny.plain, SamplingParams())) < FALSE_ALARM
