@@ -6,6 +6,7 @@ spawn would run the caller's main module again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -68,7 +69,8 @@ class CompilerProcess:
         self._child = _Child(process, Connection(ours.detach()))
         weakref.finalize(self, _end, self._child)
         self._ready = False
-        self._child.link.send_bytes(self._tokenizer)
+        with contextlib.suppress(ConnectionError):  # it may have died at once; `_wait_until_ready` will tell
+            self._child.link.send_bytes(self._tokenizer)
 
     def compile(self, kind: str, text: str) -> bytes:
         """The compiled grammar, serialised.

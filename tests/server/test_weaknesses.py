@@ -201,6 +201,8 @@ def test_nothing_unpickles_evaluates_or_fetches() -> None:
     assert len(SOURCES) > 100
     for path in SOURCES:
         found = set(_calls_and_imports(ast.parse(path.read_text())))
+        if path.parent.name == "bench":  # the load bench is a client
+            found.discard("httpx")
         assert not found & banned, (path.name, found & banned)
         if path.parent.name in ("server", "protocol", "parsers") and path.name != "connection.py":
             assert not found & in_server, (path.name, found & in_server)
