@@ -44,9 +44,11 @@ class EngineConfig:
     speculation: str = "auto"
     """`none`, `auto` or `drafter[:key=value,...][+drafter...][@policy]`."""
     rule: str = "coupled"
-    """Acceptance rule: `coupled` or `rejection`."""
+    """Acceptance rule: `coupled`, `rejection` (chains), `recursive` (siblings drawn without replacement) or `multi`
+    (with replacement)."""
     tree: str = "auto"
-    """`auto` (each drafter's own shape, a chain under `rejection`), `chain` or `static`."""
+    """`auto` (each drafter's own shape, a chain under `rejection`), `chain`, or a shape for the draft model's trees:
+    `NAME[:key=value,...]`, such as `rsd-s:width=4` or `branching:widths=3/2/1`."""
     num_threads: int | None = None
     """CPU threads for the network; None leaves PyTorch's choice."""
     trust_remote_code: bool = False

@@ -127,9 +127,15 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output (default: the model's)")
     group.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument(
-        "--rule", default=default.rule, help="acceptance rule: coupled or rejection (default: %(default)s)"
+        "--rule",
+        default=default.rule,
+        help="rule: coupled, rejection, recursive or multi (default: %(default)s)",
     )
-    group.add_argument("--tree", default=default.tree, help="draft tree: auto, chain or static (default: %(default)s)")
+    group.add_argument(
+        "--tree",
+        default=default.tree,
+        help="draft tree: auto, chain, or a shape such as rsd-s:width=4 (default: %(default)s)",
+    )
     if speculation:
         choice = group.add_mutually_exclusive_group()
         choice.add_argument(

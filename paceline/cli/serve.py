@@ -118,8 +118,8 @@ ENGINE = (
     Option("max_num_batched_tokens", _whole, "N", "most committed tokens in one step"),
     Option("kv_cache_memory", _size, "SIZE", "memory of the KV cache, such as 2GiB"),
     Option("num_threads", _whole, "N", "CPU threads of the network (default: all cores but one)"),
-    Option("rule", str, "NAME", "acceptance rule: coupled or rejection"),
-    Option("tree", str, "NAME", "draft tree: auto, chain or static"),
+    Option("rule", str, "NAME", "acceptance rule: coupled, rejection, recursive or multi"),
+    Option("tree", str, "NAME", "draft tree: auto, chain, or a shape such as rsd-s:width=4"),
     Option("speculation", str, "SPEC", "none, auto or drafter[:key=value,...][+drafter...][@policy]"),
 )
 SWITCHES = (

@@ -15,6 +15,8 @@ import numpy as np
 
 from paceline.arrays import FloatArray, IntArray
 from paceline.cache.block_manager import BlockManager
+from paceline.engine.draft_progress import KeepDrafting
+from paceline.engine.draft_tree import Origin
 from paceline.engine.request import Request
 from paceline.engine.sampling import Law
 from paceline.engine.types import Observation, Tap
@@ -22,23 +24,33 @@ from paceline.engine.types import Observation, Tap
 
 @dataclass(frozen=True, slots=True)
 class DraftContext:
-    """What one request asks of a drafter: at most `budget` nodes after its committed tokens."""
+    """What one request asks of a drafter: at most `budget` nodes after its committed tokens.
+
+    The rest is for drafters that take forwards of their own: at most `depth` of them (None: as many as the budget),
+    `acceptance` for the plan's estimates by confidence class, and `keep_drafting`, asked after each forward with the
+    request's number `row` in the step (the same object in all contexts of a step).
+    """
 
     request: Request
     budget: int
+    row: int = 0
+    depth: int | None = None
+    acceptance: FloatArray | None = None  # [num_keys]
+    keep_drafting: KeepDrafting | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """A draft tree as its drafter made it (the conventions of `engine.types`).
 
-    `laws` (one per node) marks tokens *sampled* from draft laws; without it they were chosen deterministically.
+    Tokens that were drawn say so by `origin`, and carry one draft law per node in `laws`.
     """
 
     tokens: IntArray  # [n]
     parents: IntArray  # [n]
     key: IntArray  # [n]
     laws: tuple[Law, ...] | None = None
+    origin: Origin = Origin.CHOSEN
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -49,9 +61,10 @@ NOTHING = Proposal(_NO_NODES, _NO_NODES, _NO_NODES)
 
 
 def chain(tokens: Sequence[int], key: Sequence[int], laws: tuple[Law, ...] | None = None) -> Proposal:
-    """A proposal without branches."""
-    n = len(tokens)
-    return Proposal(np.asarray(tokens, dtype=np.int64), np.arange(-1, n - 1), np.asarray(key, dtype=np.int64), laws)
+    """A proposal without branches; with `laws`, its tokens were drawn from them."""
+    origin = Origin.CHOSEN if laws is None else Origin.DISTINCT
+    parents = np.arange(-1, len(tokens) - 1)
+    return Proposal(np.asarray(tokens, dtype=np.int64), parents, np.asarray(key, dtype=np.int64), laws, origin)
 
 
 class Drafter(Protocol):

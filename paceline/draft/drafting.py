@@ -3,8 +3,8 @@
 A drafter that raises loses this step's proposals and is left out from then on; the requests go on without it.
 
 Nodes that a request's grammar forbids are cut from proposals that were *chosen*, before anything is made of them, so
-that what is left is expected as honestly as ever and nobody is blamed for them. A *sampled* chain is never cut by the
-value of a token: its drafter draws under the grammar already.
+that what is left is expected as honestly as ever and nobody is blamed for them. A *sampled* draft is never cut by the
+value of a token, nor united with others: its drafter draws under the grammar already.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from paceline.arrays import FloatArray
 from paceline.cache.block_manager import BlockManager
 from paceline.draft.base import NOTHING, DraftContext, Drafter, Proposal
 from paceline.draft.tree import build, merge, part
-from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree, Origin
 from paceline.engine.request import Request
 from paceline.engine.types import DraftBatch, Observation, ScheduledBatch, SpecPlan
 
@@ -66,9 +66,11 @@ class Drafting:
 
     def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
         budgets = np.minimum(plan.budgets, plan.limits[drafter.name]).tolist()
+        name, acceptance = drafter.name, plan.acceptance[drafter.name]
+        depth = plan.depths.get(name)
         contexts = [
-            DraftContext(item.request, _budget(item.request, drafter.name, budget))
-            for item, budget in zip(batch.sampling, budgets, strict=True)
+            DraftContext(item.request, _budget(item.request, name, budget), i, depth, acceptance[i], plan.keep_drafting)
+            for i, (item, budget) in enumerate(zip(batch.sampling, budgets, strict=True))
         ]
         try:
             proposals = list(drafter.propose(contexts))
@@ -87,13 +89,15 @@ class Drafting:
             n = len(p)
             if not n == len(p.parents) == len(p.key) or (p.laws is not None and len(p.laws) != n):
                 raise ValueError("a proposal's arrays have different lengths")
+            if (p.laws is None) != (p.origin is Origin.CHOSEN):
+                raise ValueError("a proposal's origin and its laws contradict each other")
             if n and (p.tokens.min() < 0 or p.tokens.max() >= self._vocab_size):
                 raise ValueError("a proposed token is outside the vocabulary")
             if n and (p.parents.min() < -1 or (p.parents >= np.arange(n)).any()):
                 raise ValueError("a node does not come after its parent")
 
     def _tree(self, proposals: list[tuple[str, Proposal]], acceptance: Mapping[str, FloatArray]) -> DraftTree:
-        if self._merge:
+        if self._merge and all(proposal.laws is None for _, proposal in proposals):
             return merge(proposals, acceptance)
         for name, proposal in proposals:
             if len(proposal):
@@ -145,7 +149,7 @@ def _budget(request: Request, name: str, budget: int) -> int:
 
 
 def _cut(tree: DraftTree, request: Request) -> DraftTree:
-    """What the request's own cap leaves of several drafters' nodes: the best. A sampled chain is within it already."""
+    """What the request's own cap leaves of several drafters' nodes: the best. A sampled draft is within it already."""
     wish = request.params.speculation
     if wish is None or wish.cap is None or tree.sampled or len(tree) <= wish.cap:
         return tree

@@ -34,7 +34,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
         "paceline.draft.model_drafter:ModelDrafter",
         8,
         {"model": str},
-        ("runner", "blocks", "vocab_size", "coupled", "stop_ids", "max_model_len"),
+        ("runner", "blocks", "vocab_size", "coupled", "shape", "stop_ids", "max_model_len"),
     ),
 }
 

@@ -33,13 +33,13 @@ def build(name: str, proposal: Proposal, acceptance: FloatArray) -> DraftTree:
         drafter=(name,) * n,
         key=proposal.key,
         survival=survival,
-        sampled=proposal.laws is not None,
+        origin=proposal.origin,
         laws=proposal.laws,
     )
 
 
 def merge(proposals: Sequence[tuple[str, Proposal]], acceptance: Mapping[str, FloatArray]) -> DraftTree:
-    """The union of several deterministic or coupled proposals as one tree.
+    """The union of several proposals of chosen tokens as one tree.
 
     Paths that agree share nodes; a node belongs to the drafter that expects most of it. Siblings exclude one
     another, so where their estimates sum to more than one they are scaled down.
@@ -86,7 +86,7 @@ def merge(proposals: Sequence[tuple[str, Proposal]], acceptance: Mapping[str, Fl
 
 def part(proposal: Proposal, nodes: IntArray) -> Proposal:
     """What `nodes` (ascending, ancestors included) are of a proposal whose tokens were chosen."""
-    assert proposal.laws is None, "a sampled chain is kept whole"
+    assert proposal.laws is None, "a sampled draft is kept whole"
     if len(nodes) == len(proposal):
         return proposal
     new_id = np.full(len(proposal) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself

@@ -18,7 +18,10 @@ from paceline.config import EngineConfig
 from paceline.draft import registry as drafters
 from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
+from paceline.draft.shapes.base import TreeShape
+from paceline.draft.shapes.registry import create_shape, parse_tree
 from paceline.engine.commit import Committer
+from paceline.engine.draft_tree import Origin
 from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
 from paceline.errors import ConfigError, SpeculationSpecError
@@ -32,11 +35,10 @@ from paceline.plan.spec import DrafterSpec, SpeculationSpec, parse_speculation
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.schedule.scheduler import Scheduler
 from paceline.verify.base import AcceptanceRule
-from paceline.verify.registry import create_rule
+from paceline.verify.registry import RULES, create_rule
 from paceline.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
-_TREES = ("auto", "chain", "static")
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 """Of the memory that is free after loading."""
@@ -49,6 +51,9 @@ class Speculation:
     spec: SpeculationSpec
     rule: AcceptanceRule
     chain: bool
+    """Whether every drafter must propose chains."""
+    shape: TreeShape
+    """Of a draft model's trees."""
     policy_options: Mapping[str, Any]
 
 
@@ -61,14 +66,21 @@ def check_speculation(config: EngineConfig) -> Speculation:
     """
     spec = parse_speculation(config.speculation)
     rule = create_rule(config.rule)
-    if config.tree not in _TREES:
-        raise ConfigError(f"unknown tree {config.tree!r}.", field="tree", fix=f"Known trees: {', '.join(_TREES)}.")
-    if config.tree == "static" and not rule.allows_trees:
+    tree = parse_tree(config.tree)
+    if tree.branches and rule.branches is None:
+        others = ", ".join(name for name in RULES if create_rule(name).branches is not None)
         raise ConfigError(
             f"rule {rule.name} walks a chain and cannot verify a tree.",
             field="tree",
-            fix="Use --tree chain with it, or --rule coupled with the tree.",
+            fix=f"Use --tree chain with it, or one of the rules {others} with the tree.",
         )
+    if tree.branches and spec.drafters and "draft" not in (d.name for d in spec.drafters):
+        raise ConfigError(
+            f"{tree.name} is a shape for a draft model, and {config.speculation} has none.",
+            field="tree",
+            fix="Use --tree auto, or add +draft:model=NAME to --speculation.",
+        )
+    shape = create_shape(tree, rule.branches or Origin.DISTINCT)
     for drafter in spec.drafters:
         options = drafters.parse_options(drafter.name, drafter.options)
         if drafter.name == "draft" and "model" not in options:
@@ -76,7 +88,7 @@ def check_speculation(config: EngineConfig) -> Speculation:
                 "drafter draft needs a model.", field="speculation", fix="Write draft:model=PATH_OR_NAME."
             )
     options = check_policy(spec.policy, spec.policy_options) if spec.drafters else {}
-    return Speculation(spec, rule, config.tree == "chain" or not rule.allows_trees, options)
+    return Speculation(spec, rule, tree.name == "chain" or rule.branches is None, shape, options)
 
 
 def build_engine(
@@ -188,6 +200,7 @@ def _drafters(
             "vocab_size": vocab_size,
             "chain": speculation.chain,
             "coupled": speculation.rule.shares_noise,
+            "shape": speculation.shape,
             "stop_ids": loaded.eos_token_ids,
         }
         if "runner" in drafters.entry(wanted.name).needs:
@@ -220,13 +233,17 @@ def _policy(
     spec = speculation.spec
     if not spec.drafters:
         return None
-    limits = [_limits(d, made[d.name], is_fixed=d.k is not None and spec.policy != "fixed") for d in spec.drafters]
+    limits = [
+        _limits(d, made[d.name], speculation.shape, is_fixed=d.k is not None and spec.policy != "fixed")
+        for d in spec.drafters
+    ]
     costly = [name for name, drafter in made.items() if drafter.cost_per_token]
     estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()}, by_depth=costly)
     return create_policy(spec.policy, speculation.policy_options, limits, estimates, cost)
 
 
-def _limits(wanted: DrafterSpec, drafter: Drafter, *, is_fixed: bool) -> DrafterLimits:
+def _limits(wanted: DrafterSpec, drafter: Drafter, shape: TreeShape, *, is_fixed: bool) -> DrafterLimits:
+    width = shape.width if drafter.cost_per_token else 1.0
     given = wanted.maximum if wanted.k is None else wanted.k
     most = drafters.entry(wanted.name).most if given is None else given
-    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed)
+    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -10,13 +11,23 @@ from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.engine.sampling import Law
 
 
+class Origin(Enum):
+    """How the tokens of a draft came about; rules other than `coupled` rely on that claim."""
+
+    CHOSEN = "chosen"
+    """Without looking at any draw: likeliest tokens, tokens seen before."""
+    INDEPENDENT = "independent"
+    """Drawn from the draft law of their parent's position; siblings independently, so that they may repeat."""
+    DISTINCT = "distinct"
+    """Drawn from it without replacement, siblings standing in the order of their draws."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """One request's draft: a flat token tree (a chain is `parents = [-1, 0, 1, ...]`).
 
-    `drafter[i]` names who guessed node i and `key[i]` its confidence class there. `sampled` says whether the tokens
-    were drawn from `laws` (one draft law per node, of its parent's position) or chosen deterministically; rules
-    other than `coupled` rely on that claim.
+    `drafter[i]` names who guessed node i and `key[i]` its confidence class there. What `origin` calls drawn came from
+    `laws`, one draft law per node: the law at its parent's position, before any sibling was drawn.
     """
 
     tokens: IntArray  # [n]
@@ -24,13 +35,18 @@ class DraftTree:
     drafter: tuple[str, ...]  # [n]
     key: IntArray  # [n]
     survival: FloatArray  # [n], estimated probability that the node and all its ancestors are accepted
-    sampled: bool = False
-    laws: tuple[Law, ...] | None = None  # [n] when sampled
+    origin: Origin = Origin.CHOSEN
+    laws: tuple[Law, ...] | None = None  # [n] unless chosen
     shared: tuple[tuple[int, str, int], ...] = ()
     """(node, drafter, key) of further drafters that proposed the same node; they are labelled like the owner."""
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens were drawn, so that which of them are verified must not depend on what was drawn after."""
+        return self.origin is not Origin.CHOSEN
 
     def is_chain(self) -> bool:
         """Whether every node is the only child of the one before it."""
@@ -78,7 +94,7 @@ class DraftTree:
             drafter=tuple(self.drafter[i] for i in picked),
             key=self.key[nodes],
             survival=self.survival[nodes],
-            sampled=self.sampled,
+            origin=self.origin,
             laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
             shared=tuple((int(new_id[node]), name, key) for node, name, key in self.shared if new_id[node] >= 0),
         )
@@ -91,7 +107,7 @@ class DraftTree:
             self.drafter[:n],
             self.key[:n],
             self.survival[:n],
-            self.sampled,
+            self.origin,
             None if self.laws is None else self.laws[:n],
             tuple(entry for entry in self.shared if entry[0] < n) if self.shared else (),
         )

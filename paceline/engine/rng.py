@@ -27,9 +27,9 @@ class Stream(IntEnum):
     TARGET = 0
     """The target's own draw. Under `coupled` stochastic drafters use it too."""
     ACCEPT = 1
-    """The accept-or-reject uniform of the `rejection` rule."""
+    """The accept-or-reject uniforms of the rules that weigh draft laws, one per sibling."""
     RESIDUAL = 2
-    """The recovered token of the `rejection` rule."""
+    """Their recovered token."""
     DRAFT = 3
     """The drafter's own draw where it must be independent of the target's; fresh in every round, since what is left
     of an earlier round (rows that Token Recycling learned from rejected nodes) may decide who drafts next."""
@@ -60,9 +60,9 @@ class Noise:
         words: NDArray[np.uint32] = halves[:count]
         return words
 
-    def uniform(self, position: int, stream: Stream) -> float:
-        """One uniform in the open interval (0, 1)."""
-        return float(uniforms(self.words(position, stream, 1))[0])
+    def uniform(self, position: int, stream: Stream, number: int = 0) -> float:
+        """One uniform in the open interval (0, 1); `number` tells apart several of one place."""
+        return float(uniforms(self.words(position, stream, number + 1))[number])
 
 
 def uniforms(words: NDArray[np.uint32]) -> NDArray[np.float64]:

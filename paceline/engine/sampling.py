@@ -70,6 +70,36 @@ class Law:
         winner = int(rivals[times.argmin()])
         return winner if self.ids is None else int(self.ids[winner])
 
+    def first(self, words: NDArray[np.uint32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The Gumbel-top-k sample: the first tokens to finish the race of `draw`, drawn without replacement.
+
+        Args:
+            words: noise per token id.  # [vocab]
+            count: how many; fewer if the law holds no more.
+
+        Returns:
+            Tokens, and log-probability plus Gumbel noise of each, descending.  # [<= count] each
+        """
+        index = np.arange(len(self.logits)) if self.ids is None else self.ids
+        noise = words[: len(self.logits)] if self.ids is None else words[self.ids]
+        leaders = top_ids(self.logits, count)
+        peak = float(self.logits[leaders[0]])
+        weights = np.exp(self.logits - np.float32(peak))
+        shift = float(np.log(weights.sum(dtype=np.float64)))
+        bound = _times(noise[leaders], self.logits[leaders], peak).max()
+        one_minus_u = (np.invert(noise).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+        with np.errstate(invalid="ignore"):  # the bound is infinite where a leader has no probability
+            rivals = np.flatnonzero((one_minus_u <= weights * np.float32(min(bound * 1.0001, 1e30))) & (weights > 0.0))
+        times = _times(noise[rivals], self.logits[rivals], peak)
+        order = np.argsort(times, kind="stable")[:count]
+        return index[rivals[order]].astype(np.int64), -np.log(times[order]) - shift
+
+
+def _times(noise: NDArray[np.uint32], logits: NDArray[np.floating], peak: float) -> NDArray[np.float64]:
+    """When tokens finish the exponential race."""
+    with np.errstate(divide="ignore"):
+        return np.asarray(-np.log(uniforms(noise)) / np.exp(logits.astype(np.float64) - peak), dtype=np.float64)
+
 
 def build_law(
     row: NDArray[np.float32],

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from paceline.arrays import BoolArray, FloatArray, IntArray
+from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import FinishReason, Request
 
@@ -105,6 +106,10 @@ class SpecPlan:
     """What a token of each request is worth beside another's; None: all the same."""
     observers: frozenset[str] | None = None
     """Drafters that are shown what the step committed; None: all."""
+    depths: Mapping[str, int] = field(default_factory=dict)
+    """Most forwards of drafters that take their own; without an entry, as many as their limit."""
+    keep_drafting: KeepDrafting | None = None
+    """Who takes another draft forward; None: everyone whose budget is not used up."""
     slot_price: float | None = None
     """Set where the plan itself found that no node would be worth its slot."""
 

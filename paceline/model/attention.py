@@ -31,8 +31,8 @@ _FOLD_UP_TO = 32
 class SequenceAttention:
     """Where one sequence's queries stand and what they see.
 
-    `visible[i, j]`: new token i sees new token j; None means plain causal order. Masks are built once per step and
-    kind of layer.
+    `visible[i, j]`: new token i sees key j of the last ones, which are the new tokens and possibly draft nodes already
+    in the cache; None means plain causal order. Masks are built once per step and kind of layer.
     """
 
     start: int
@@ -40,7 +40,8 @@ class SequenceAttention:
     context_len: int
     blocks: torch.Tensor  # [num_blocks]
     positions: IntArray  # [stop - start]
-    visible: BoolArray | None
+    visible: BoolArray | None  # [stop - start, at least stop - start]
+    tail_positions: IntArray  # [width of visible - new tokens], of the draft nodes in the cache
     _masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
     @property
@@ -64,12 +65,14 @@ class SequenceAttention:
     def _seen(self, window: int | None) -> BoolArray | None:
         n = self.num_queries
         cut = window is not None and int(self.positions.max()) >= window
-        if n == 1 and not cut:
+        if n == 1 and not cut and self.visible is None:
             return None
         seen = np.ones((n, self.num_keys), dtype=np.bool_)
-        seen[:, self.context_len :] = np.tri(n, dtype=np.bool_) if self.visible is None else self.visible
+        visible = np.tri(n, dtype=np.bool_) if self.visible is None else self.visible
+        seen[:, self.num_keys - visible.shape[1] :] = visible
         if window is not None and cut:
-            key_positions = np.concatenate([np.arange(self.context_len), self.positions])
+            before = np.arange(self.context_len - len(self.tail_positions))
+            key_positions = np.concatenate([before, self.tail_positions, self.positions])
             seen &= key_positions[None, :] > self.positions[:, None] - window
         return seen
 

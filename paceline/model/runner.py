@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,19 +13,23 @@ from paceline.arrays import BoolArray, IntArray
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
 from paceline.model.attention import AttentionMetadata, SequenceAttention
 
+_NO_TAIL = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceInput:
     """One sequence's new tokens: they take the cache indices `context_len ..` of its block table.
 
-    `visible[i, j]` says that new token i sees new token j; None is plain causal order.
+    `visible[i, j]` says that new token i sees new token j; None is plain causal order. Draft nodes that are in the
+    cache already, the last of the context, are its first columns then, and `tail_positions` says where they stand.
     """
 
     token_ids: Sequence[int]
     positions: IntArray
     context_len: int
     blocks: Sequence[int]
-    visible: BoolArray | None = None
+    visible: BoolArray | None = None  # [n, len(tail_positions) + n]
+    tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,13 +63,22 @@ class ModelRunner:
         self.num_tokens = 0
         """Tokens through the network so far."""
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute the batch and write its KV.
 
         Returns:
             Logits of `batch.logit_rows`.  # [len(logit_rows), vocab]
         """
+        return self._run(batch, hidden=False)[0]
+
+    def forward_with_hidden(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the last hidden states (after the final norm) of the same rows.  # [len(logit_rows), hidden]"""
+        logits, hidden = self._run(batch, hidden=True)
+        assert hidden is not None
+        return logits, hidden
+
+    @torch.inference_mode()
+    def _run(self, batch: ForwardBatch, *, hidden: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         started = time.perf_counter()
         rows = batch.logit_rows or [0]
         output = self.model(
@@ -74,6 +87,7 @@ class ModelRunner:
             use_cache=False,
             logits_to_keep=self._tensor(rows),
             paged=self._metadata(batch),
+            **({"output_hidden_states": True} if hidden else {}),
         )
         logits: torch.Tensor = output.logits[0, : len(batch.logit_rows)]
         if self.device.type == "cuda":
@@ -81,7 +95,7 @@ class ModelRunner:
         self.last_seconds = time.perf_counter() - started
         self.num_forwards += 1
         self.num_tokens += batch.num_tokens
-        return logits
+        return logits, output.hidden_states[-1][0, self._tensor(rows)] if hidden else None
 
     def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
         slots: list[IntArray] = []
@@ -93,7 +107,9 @@ class ModelRunner:
             slots.append(slots_of(s.blocks, self.kv.block_size, s.context_len, end))
             used = s.blocks[: -(-end // self.kv.block_size)]
             sequences.append(
-                SequenceAttention(start, start + n, s.context_len, self._tensor(used), s.positions, s.visible)
+                SequenceAttention(
+                    start, start + n, s.context_len, self._tensor(used), s.positions, s.visible, s.tail_positions
+                )
             )
             start += n
         return AttentionMetadata(self.kv, self._tensor(np.concatenate(slots)), tuple(sequences))

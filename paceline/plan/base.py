@@ -18,7 +18,8 @@ PLAIN = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acc
 
 @dataclass(frozen=True, slots=True)
 class DrafterLimits:
-    """What a policy must know of a drafter: its cap, and whether each token costs a forward of its own.
+    """What a policy must know of a drafter: its cap, and whether it takes forwards of its own, one for each level
+    of its trees, which have `width` nodes on average.
 
     `fixed` says that its nodes, up to `most` per request, are drafted and verified whatever the policy thinks.
     """
@@ -27,6 +28,7 @@ class DrafterLimits:
     most: int
     cost_per_token: bool
     fixed: bool = False
+    width: float = 1.0
 
 
 class LengthPolicy(Protocol):

@@ -166,7 +166,7 @@ class GoodputLength:
         times = self._times(batch, asked, min(room, _MAX_BUCKET))
         self._last_times = times.seconds
         goodput = self._goodput.at(len(asked), times.plain)
-        limits = self._limits(asked, times, goodput)
+        limits, depths = self._limits(asked, times, goodput)
         if not limits:
             return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
@@ -176,6 +176,7 @@ class GoodputLength:
             bucket=len(times.seconds) - 1,
             acceptance=self._estimates.of_batch(asked.requests, asked.rows, limits),
             limits=limits,
+            depths=depths,
             cut=PricedCut(times.seconds, goodput, self._share, self._protect, weights),
             fixed=self._fixed,
             weights=weights,
@@ -234,21 +235,25 @@ class GoodputLength:
         found = self._kept_times[key] = _StepTimes(seconds, plain, best, self._step + keep_for)
         return found
 
-    def _limits(self, asked: Sampling, times: _StepTimes, goodput: float) -> dict[str, int | IntArray]:
-        """Most nodes of every drafter that is asked."""
+    def _limits(
+        self, asked: Sampling, times: _StepTimes, goodput: float
+    ) -> tuple[dict[str, int | IntArray], dict[str, int]]:
+        """Most nodes of every drafter that is asked, and most forwards of those that take their own."""
         limits: dict[str, int | IntArray] = {}
+        depths: dict[str, int] = {}
         plain, worthless = times.seconds.item(0), times.best_rate <= goodput
         for d in self._drafters:
             if d.fixed or not d.most:
                 depth = d.most
             elif d.cost_per_token:
-                depth = self._depth(d, asked, times.seconds, goodput)
+                depths[d.name] = self._depth(d, asked, times.seconds, goodput)
+                depth = min(round(depths[d.name] * d.width), d.most)
             else:
                 wanted = self._usage.wanted(d.name, self._step, len(asked), goodput, plain, worthless)
                 depth = d.most if wanted else 0
             if depth:
                 limits[d.name] = depth
-        return limits
+        return limits, depths
 
     def _depth(self, drafter: DrafterLimits, asked: Sampling, times: FloatArray, goodput: float) -> int:
         """The depth at which a draft model's next forward for the whole batch stops paying.
@@ -256,18 +261,19 @@ class GoodputLength:
         A depth is worth the tokens that the best nodes down to it are expected to bring, after they have paid for
         their slots and for the forwards that draft them.
         """
-        count = len(asked)
-        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most)  # [count, depth]
-        survival = survival * (np.arange(drafter.most) < asked.room[:, None])
+        count, levels = len(asked), max(int(drafter.most / drafter.width), 1)
+        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, levels)  # [count, levels]
+        survival = survival * (np.arange(levels) < asked.room[:, None])
         order = np.argsort(-survival, axis=None, kind="stable")[: len(times) - 1]
-        ranked, depths = survival.ravel()[order], order % drafter.most
-        taken = depths[None] <= np.arange(drafter.most)[:, None]  # [depth, nodes]
-        gain = np.cumsum(ranked * taken, axis=1) - goodput * (times[np.cumsum(taken, axis=1)] - times[0])
-        costs = np.array([self._cost.draft_seconds(drafter.name, d, count) for d in range(drafter.most + 1)])
+        ranked, depths = survival.ravel()[order], order % levels
+        taken = depths[None] <= np.arange(levels)[:, None]  # [levels, count * levels]
+        slots = np.minimum((drafter.width * np.cumsum(taken, axis=1)).astype(np.int64), len(times) - 1)
+        gain = np.cumsum(ranked * taken, axis=1) - goodput * (times[slots] - times[0])
+        costs = np.array([self._cost.draft_seconds(drafter.name, d, count) for d in range(levels + 1)])
         net = np.maximum(gain.max(axis=1), 0.0) - goodput * costs[1:]
         net = self._net[drafter.name] = _NET_MEMORY * self._net.get(drafter.name, net) + (1.0 - _NET_MEMORY) * net
         depth = int(net.argmax()) + 1 if net.max() > 0.0 else 0
-        if depth < drafter.most:
+        if depth < levels:
             depth += self._usage.probe(drafter.name, self._step, costs[depth + 1] - costs[depth], float(times[0]))
         return depth
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from paceline.arrays import FloatArray, IntArray
+from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.engine.request import Request
 from paceline.engine.types import StepStats
 from paceline.plan.evidence import MEMORIES, Evidence, Labels, offsets
@@ -19,6 +19,8 @@ from paceline.plan.requests import RequestTable
 
 _MAX_TENANTS = 256
 _MAX_DEPTH = 32
+_FAR = 1 << 12
+"""Deeper than any tree."""
 
 
 class AcceptanceEstimates:
@@ -55,7 +57,7 @@ class AcceptanceEstimates:
         return {name: chances[:, self._slices[name]] for name in names}
 
     def by_depth(self, name: str, requests: Sequence[Request], rows: IntArray, depth: int) -> FloatArray:
-        """Survival of a chain's nodes, whatever their classes will be.  # [len(requests), depth]"""
+        """Probability that some node of each level is accepted, whatever its class.  # [len(requests), depth]"""
         salts = _salts(requests)
         deep = self._depth_start[name] + np.minimum(np.arange(depth), _MAX_DEPTH - 1)
         i = self._index[name]
@@ -104,7 +106,8 @@ class AcceptanceEstimates:
         evidence.learn(labels, self.requests.records, rows)
         for name, start in self._depth_start.items():
             own = labels.drafter == self._index[name]
-            evidence.count(start + np.minimum(depth[own], _MAX_DEPTH) - 1, labels.accepted[own])
+            level, accepted = _levels(labels.request[own], depth[own], labels.accepted[own])
+            evidence.count(start + np.minimum(level, _MAX_DEPTH) - 1, accepted)
 
     def _factors(self, salts: Sequence[str], rows: IntArray) -> FloatArray:
         """What each request's record multiplies its odds by.  # [requests, drafters]"""
@@ -130,6 +133,12 @@ class AcceptanceEstimates:
         elif len(self._evidence) > 1:
             self._evidence.move_to_end(salt)
         return found
+
+
+def _levels(request: IntArray, depth: IntArray, accepted: BoolArray) -> tuple[IntArray, BoolArray]:
+    """The labelled levels of every request's tree, and whether one of the siblings there was accepted."""
+    places, index = np.unique(request * (_FAR + 1) + np.minimum(depth, _FAR), return_inverse=True)
+    return places % (_FAR + 1), np.bincount(index, accepted, minlength=len(places)) > 0.0
 
 
 def _salts(requests: Sequence[Request]) -> list[str]:

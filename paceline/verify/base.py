@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from paceline.engine.draft_tree import DraftTree
+from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
@@ -25,8 +25,8 @@ class AcceptanceRule(Protocol):
     """Walks one draft tree so that the committed tokens have exactly the target's distribution."""
 
     name: str
-    allows_trees: bool
-    """Whether a node may have more than one child."""
+    branches: Origin | None
+    """How siblings may have been drawn (chosen ones are allowed as well); None: no node has more than one child."""
     shares_noise: bool
     """Whether drafters draw with the target's noise (and then carry no laws)."""
 

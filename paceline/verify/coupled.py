@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paceline.engine.draft_tree import DraftTree
+from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
@@ -21,7 +21,7 @@ class CoupledRule:
     """The default rule."""
 
     name = "coupled"
-    allows_trees = True
+    branches: Origin | None = Origin.CHOSEN
     shares_noise = True
 
     def accept(self, tree: DraftTree, law: LawSource, noise: Noise, position: int, vocab_size: int) -> Walk:

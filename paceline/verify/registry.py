@@ -5,9 +5,16 @@ from __future__ import annotations
 from paceline.errors import ConfigError
 from paceline.verify.base import AcceptanceRule
 from paceline.verify.coupled import CoupledRule
+from paceline.verify.multi import MultiRule
+from paceline.verify.recursive import RecursiveRule
 from paceline.verify.rejection import RejectionRule
 
-RULES: dict[str, type[AcceptanceRule]] = {"coupled": CoupledRule, "rejection": RejectionRule}
+RULES: dict[str, type[AcceptanceRule]] = {
+    "coupled": CoupledRule,
+    "rejection": RejectionRule,
+    "recursive": RecursiveRule,
+    "multi": MultiRule,
+}
 
 
 def create_rule(name: str) -> AcceptanceRule:

@@ -11,34 +11,34 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.engine.draft_tree import DraftTree
+from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
-from paceline.errors import RuleViolation
 from paceline.verify.base import ROOT, LawSource
+from paceline.verify.claims import check_claims
 
 
 class RejectionRule:
     """Accepts a few points more of a stochastic chain than `coupled`; the text depends on the draft."""
 
     name = "rejection"
-    allows_trees = False
+    branches: Origin | None = None
     shares_noise = False
 
     def accept(self, tree: DraftTree, law: LawSource, noise: Noise, position: int, vocab_size: int) -> Walk:
         """Test the chain's tokens in order and end at the first rejection."""
-        _check(tree)
+        check_claims(self.name, tree, self.branches)
         tokens: list[int] = []
         for node in range(len(tree)):
             p = law(node - 1 if node else ROOT, tokens).probabilities(vocab_size)
             x = int(tree.tokens[node])
-            q = tree.laws[node].probabilities(vocab_size) if tree.laws else _point(x, vocab_size)
+            q = tree.laws[node].probabilities(vocab_size) if tree.laws else point_mass(x, vocab_size)
             here = position + node
             if accepts(p[x], q[x], noise.uniform(here, Stream.ACCEPT)):
                 tokens.append(x)
                 continue
-            recovered = Law(_log(residual(p, q))).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
+            recovered = Law(log_law(residual(p, q))).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
             return Walk(tuple(range(node)), (*tokens, recovered))
         bonus = law(len(tree) - 1, tokens).draw(noise.words(position + len(tree), Stream.TARGET, vocab_size))
         return Walk(tuple(range(len(tree))), (*tokens, bonus))
@@ -56,29 +56,14 @@ def residual(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float
     return p if total == 0.0 else np.asarray(excess / total, dtype=np.float64)
 
 
-def _check(tree: DraftTree) -> None:
-    if not tree.is_chain():
-        raise RuleViolation("rejection walks a chain, and this draft branches.", field="tree")
-    if tree.sampled and (tree.laws is None or len(tree.laws) != len(tree)):
-        raise RuleViolation("the draft claims to be sampled but carries no law per token.", field="laws")
-    if tree.laws is not None:
-        for token, law in zip(tree.tokens.tolist(), tree.laws, strict=True):
-            if not _can_draw(law, token):
-                raise RuleViolation(f"token {token} cannot have been drawn from its draft law.", field="laws")
-
-
-def _can_draw(law: Law, token: int) -> bool:
-    if law.ids is not None:
-        return token in law.ids
-    return token < len(law.logits) and bool(law.logits[token] > -np.inf)
-
-
-def _point(token: int, vocab_size: int) -> NDArray[np.float64]:
+def point_mass(token: int, vocab_size: int) -> NDArray[np.float64]:
+    """The law of a token that was chosen.  # [vocab]"""
     dense = np.zeros(vocab_size)
     dense[token] = 1.0
     return dense
 
 
-def _log(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+def log_law(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-probabilities, minus infinity where there is no mass.  # [vocab]"""
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(probabilities))

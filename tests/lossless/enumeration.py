@@ -18,7 +18,7 @@ from lossless.reference import Floats
 from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.draft.tree import build
-from paceline.engine.draft_tree import DraftTree
+from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Stream
 from paceline.engine.sampling import Law, build_law
 from paceline.verify.base import AcceptanceRule
@@ -96,21 +96,22 @@ class ScriptedNoise:
 
     def __init__(self, choices: Choices) -> None:
         self._choices = choices
-        self._read: set[tuple[int, Stream]] = set()
+        self._read: set[tuple[int, Stream, int]] = set()
 
-    def words(self, position: int, stream: Stream, count: int) -> Choices:  # noqa: ARG002
+    def words(self, position: int, stream: Stream, count: int, round_id: int = 0) -> Choices:  # noqa: ARG002
         """What `ScriptedLaw.draw` takes."""
-        self._once(position, stream)
+        self._once(position, stream, round_id)
         return self._choices
 
-    def uniform(self, position: int, stream: Stream) -> _Uniform:
+    def uniform(self, position: int, stream: Stream, number: int = 0) -> _Uniform:
         """What the accept test compares."""
-        self._once(position, stream)
+        self._once(position, stream, number)
         return _Uniform(self._choices)
 
-    def _once(self, position: int, stream: Stream) -> None:
-        assert (position, stream) not in self._read, f"{stream.name} at {position} is used twice"
-        self._read.add((position, stream))
+    def _once(self, position: int, stream: Stream, number: int) -> None:
+        place = position, stream, number
+        assert place not in self._read, f"{stream.name} at {position}, number {number}, is used twice"
+        self._read.add(place)
 
 
 def random_laws(seed: int, vocab: int, params: SamplingParams, *, spread: float = 1.5) -> LawOf:
@@ -138,6 +139,39 @@ def sampled_chain(q: LawOf, length: int, *, before: Callable[[Law], bool] = lamb
             laws.append(law)
             tokens.append(law.draw(noise.words(position + len(tokens), Stream.DRAFT, 0)))
         return chain(tokens, [0] * len(tokens), tuple(laws)) if tokens else NOTHING
+
+    return draft
+
+
+def sampled_tree(q: LawOf, widths: Sequence[int], origin: Origin, vocab: int) -> Draft:
+    """Siblings drawn from q, level by level; without replacement they go on uniformly when q has no token left."""
+
+    def draft(context: Context, noise: ScriptedNoise, position: int) -> Proposal:
+        tokens: list[int] = []
+        parents: list[int] = []
+        laws: list[Law] = []
+        level: list[tuple[int, Context]] = [(-1, ())]
+        for depth, width in enumerate(widths):
+            below: list[tuple[int, Context]] = []
+            for node, path in level:
+                law = q((*context, *path))
+                drawn: list[int] = []
+                for _ in range(width):
+                    left = law.probabilities(vocab)
+                    if origin is Origin.DISTINCT:
+                        left[drawn] = 0.0
+                        if left.sum() == 0.0:
+                            left = np.array([float(t not in drawn) for t in range(vocab)])
+                    words: Any = noise.words(position + depth, Stream.DRAFT, 0, round_id=len(tokens))
+                    token = int(words.pick(left / left.sum()))
+                    drawn.append(token)
+                    below.append((len(tokens), (*path, token)))
+                    tokens.append(token)
+                    parents.append(node)
+                    laws.append(law)
+            level = below
+        arrays = (np.asarray(tokens), np.asarray(parents), np.zeros(len(tokens), dtype=np.int64))
+        return Proposal(*arrays, tuple(laws), origin)
 
     return draft
 

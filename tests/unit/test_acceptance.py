@@ -15,7 +15,7 @@ from lossless.enumeration import make_tree, tree_of
 
 from paceline.config import SamplingParams
 from paceline.draft.base import chain
-from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree, Origin
 from paceline.engine.request import Request
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
@@ -60,8 +60,8 @@ CUT = Law(np.zeros(2, dtype=np.float32), np.array([0, 1]))
     [
         (make_tree([0, 1], [-1, -1]), "branches"),
         (make_tree([0, 1, 2], [-1, 0, 0]), "branches"),
-        (replace(make_tree([0], [-1]), sampled=True), "no law"),
-        (replace(make_tree([0, 1], [-1, 0]), sampled=True, laws=(CUT,)), "no law"),
+        (replace(make_tree([0], [-1]), origin=Origin.DISTINCT), "no law"),
+        (replace(make_tree([0, 1], [-1, 0]), origin=Origin.DISTINCT, laws=(CUT,)), "no law"),
         (tree_of(chain([0, 2], [0, 0], (CUT, CUT))), "cannot have been drawn"),
         (tree_of(chain([2], [0], (DENSE,))), "cannot have been drawn"),
         (tree_of(chain([1], [0], (Law.point(0),))), "cannot have been drawn"),

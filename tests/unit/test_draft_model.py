@@ -11,7 +11,9 @@ from engine_tools import greedy, llm, loaded, make_blocks, make_request, make_ru
 from paceline import SamplingParams
 from paceline.draft.base import DraftContext
 from paceline.draft.model_drafter import ModelDrafter
+from paceline.draft.shapes.chain import ChainShape
 from paceline.engine import builder
+from paceline.engine.draft_tree import Origin
 from paceline.engine.engine import Engine
 from paceline.engine.request import Request
 
@@ -20,7 +22,9 @@ PROMPTS = [prompt_of(n) for n in (3, 20, 33, 18)]
 
 def drafter(seed: int = 0, num_blocks: int = 64, coupled: bool = True, max_tokens: int = 512) -> ModelDrafter:
     runner = make_runner("llama", num_blocks, 8, seed)
-    return ModelDrafter(runner, make_blocks(num_blocks, 8), vocab_size=96, coupled=coupled, max_tokens=max_tokens)
+    shape = ChainShape(Origin.CHOSEN if coupled else Origin.DISTINCT)
+    blocks = make_blocks(num_blocks, 8)
+    return ModelDrafter(runner, blocks, vocab_size=96, coupled=coupled, shape=shape, max_tokens=max_tokens)
 
 
 def draft(made: ModelDrafter, *wanted: tuple[Request, int]) -> list[list[int]]:
@@ -40,13 +44,13 @@ def test_a_greedy_draft_is_the_models_own_text(max_tokens: int) -> None:
     requests = [make_request(p) for p in PROMPTS]
     expected = [list(reference(p, 6)) for p in PROMPTS]
     found: list[list[int]] = [[] for _ in PROMPTS]
-    before = made._runner.num_tokens
+    before = made.model.runner.num_tokens
     for _ in range(60):
         for i, tokens in enumerate(draft(made, *((r, 6) for r in requests))):
             assert tokens in ([], expected[i])
             found[i] = tokens or found[i]
-        assert made._runner.num_tokens - before <= max_tokens + 6 * len(PROMPTS), "a step took more than its budget"
-        before = made._runner.num_tokens
+        assert made.model.runner.num_tokens - before <= max_tokens + 6 * len(PROMPTS), "more than the budget"
+        before = made.model.runner.num_tokens
     assert found == expected
 
 
@@ -56,8 +60,8 @@ def test_budgets_are_ragged() -> None:
     found = draft(made, *zip(requests, (1, 0, 5, 2), strict=True))
     assert found == [list(reference(p, 6)[:k]) for p, k in zip(PROMPTS, (1, 0, 5, 2), strict=True)]
     # One token per request and forward: prompts, and every draft token but each last one goes in.
-    assert made._runner.num_tokens == (3 + 33 + 18) + (0 + 4 + 1)
-    assert made._runner.num_forwards == 5
+    assert made.model.runner.num_tokens == (3 + 33 + 18) + (0 + 4 + 1)
+    assert made.model.runner.num_forwards == 5
 
 
 def test_the_cache_follows_rejections() -> None:
@@ -73,9 +77,9 @@ def test_the_cache_follows_rejections() -> None:
         for request, tokens in zip(requests, drafted, strict=True):
             accepted = int(rng.integers(0, 5))
             request.token_ids += [*tokens[:accepted], int(rng.integers(3, 96))]
-        before = made._runner.num_tokens
+        before = made.model.runner.num_tokens
         draft(made, *((r, 1) for r in requests))
-        assert made._runner.num_tokens - before <= 2 * len(requests), "only the new tokens are computed"
+        assert made.model.runner.num_tokens - before <= 2 * len(requests), "only the new tokens are computed"
         made.blocks.check()
 
 
@@ -167,7 +171,7 @@ def test_aborts_and_failures_give_its_blocks_back(
         engine.add(request)
     engine.step()
     engine.abort(requests[0].id)
-    forward = made._runner.forward
+    forward = made.model.runner.forward
     calls = 0
 
     def broken(batch: object) -> object:
@@ -177,7 +181,7 @@ def test_aborts_and_failures_give_its_blocks_back(
             raise RuntimeError("the draft model fails")
         return forward(batch)
 
-    monkeypatch.setattr(made._runner, "forward", broken)
+    monkeypatch.setattr(made.model.runner, "forward", broken)
     run(engine, requests, add=False)
     assert "draft" not in engine.stages.drafting.drafters
     assert [tuple(r.output_ids) for r in requests[1:]] == [reference(p, 16) for p in PROMPTS[1:]]

@@ -64,7 +64,7 @@ def test_requests_that_are_refused(fields: dict[str, Any], field: str) -> None:
         ({"block_size": 0}, "block_size"),
         ({"rule": "nope"}, "rule"),
         ({"tree": "nope"}, "tree"),
-        ({"rule": "rejection", "tree": "static"}, "tree"),
+        ({"rule": "rejection", "tree": "rsd-s:width=3"}, "tree"),
         ({"speculation": "nope:k=3"}, "speculation"),
         ({"speculation": "ngram:k=3,depth=2"}, "speculation"),
         ({"speculation": "ngram:k=3,lookup_max=x"}, "speculation"),

@@ -12,7 +12,7 @@ import pytest
 from engine_tools import batch_of, decoding, greedy, make_request, step_stats, tree
 from plan_tools import SimDrafter, World, decoder, limits_of
 
-from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree, Origin
 from paceline.engine.types import Candidates, DraftBatch, SpecPlan
 from paceline.plan.base import DrafterLimits, sampling
 from paceline.plan.fixed import FixedLength
@@ -220,7 +220,7 @@ def test_trim_equals_a_slow_reference(seed: int) -> None:
         size = int(rng.integers(0, 7))
         draft = numbered(random_tree(rng, size))
         if rng.random() < 0.2:
-            draft = dataclasses.replace(draft, sampled=True)
+            draft = dataclasses.replace(draft, origin=Origin.INDEPENDENT)
         else:  # a fixed drafter's nodes come with their ancestors; a node may be shared with it
             roots = rng.random(size) < 0.5
             mine = {n for n in range(size) if roots[n] and draft.parents[n] < 0}
@@ -306,7 +306,7 @@ def test_trim_to_a_bucket_without_a_cut() -> None:
 
 def test_sampled_trees_are_kept_whole() -> None:
     """They take their share of the time table first; the others get what still pays."""
-    sampled = tree([1, 2, 3], [-1, 0, 1], survival=np.array([0.1, 0.01, 0.001]), sampled=True)
+    sampled = tree([1, 2, 3], [-1, 0, 1], survival=np.array([0.1, 0.01, 0.001]), origin=Origin.DISTINCT)
     chosen = tree([4, 5], [-1, 0], survival=np.array([0.9, 0.5]))
     times = np.array([1.0, 1.5, 2.0, 2.5, 3.3, 4.1])  # a fourth and fifth node cost 0.8 each
     kept = trim(DraftBatch((sampled, chosen)), plan_with(times, 1.0, 2))

@@ -1,0 +1,1 @@
+"""Tree shapes of draft models: which nodes get children, and how many. One file per shape."""

@@ -1,0 +1,59 @@
+"""CaPE (2402.02082): a greedy path, and beside each of its nodes more siblings the less sure the draft model is.
+
+By the largest probability c of the draft law: 7 siblings below 0.3, 5 below 0.6, 3 below 0.8, else 1. They are leaves,
+and they are chosen, so under other rules than `coupled` they are point masses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.arrays import FloatArray
+from paceline.draft.scored import Scored
+from paceline.draft.shapes.base import PRIOR, Child, Growth, children_of
+from paceline.engine.draft_tree import Origin
+
+_CANDIDATES = ((0.3, 8), (0.6, 6), (0.8, 4))
+_LEAST = 2
+
+
+class CapeShape:
+    """The shape."""
+
+    name = "cape"
+    origin = Origin.CHOSEN
+    prior = PRIOR
+    width = 4.0
+
+    def __init__(self, origin: Origin) -> None:
+        """`origin` is ignored: the tokens are chosen."""
+
+    def start(self, budget: int, depth: int, acceptance: FloatArray | None) -> Growth:  # noqa: ARG002
+        """An empty tree."""
+        return _Cape(budget, depth)
+
+
+class _Cape:
+    def __init__(self, budget: int, depth: int) -> None:
+        self._left = budget
+        self._levels = depth
+
+    def grow(self, scored: Sequence[Scored], next_node: int) -> Sequence[Child]:  # noqa: ARG002
+        """The next node of the path, and its siblings, so that the path keeps the budget that it needs."""
+        (parent,) = scored
+        self._levels -= 1
+        count = min(num_candidates(parent.confidence), self._left)
+        self._left -= count
+        children = children_of(parent, count, expand=False)
+        if children and self._levels > 0 and self._left > 0:
+            first = children[0]
+            children[0] = Child(first.parent, first.token, first.key, expand=True)
+        return children
+
+    def finish(self, next_node: int) -> Sequence[Child]:  # noqa: ARG002
+        return ()
+
+
+def num_candidates(confidence: float) -> int:
+    """Tokens tried after a draft law whose largest probability is `confidence`."""
+    return next((count for bound, count in _CANDIDATES if confidence < bound), _LEAST)
