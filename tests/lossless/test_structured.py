@@ -18,7 +18,12 @@ import fakes
 import numpy as np
 import pytest
 import torch
-from lossless.enumeration import (
+from lossless.loop import FALSE_ALARM, PROMPT, VOCAB, Tiny, make_tiny, run
+from lossless.real import real_llm
+from lossless.reference import Floats, model_rows, slow_law
+
+from paceline import LLM, SamplingParams, StructuredOutput
+from paceline.bench.laws import (
     Context,
     Draft,
     LawOf,
@@ -29,11 +34,6 @@ from lossless.enumeration import (
     random_laws,
     sampled_chain,
 )
-from lossless.loop import FALSE_ALARM, PROMPT, VOCAB, Tiny, make_tiny, run
-from lossless.real import real_llm
-from lossless.reference import Floats, model_rows, slow_law
-
-from paceline import LLM, SamplingParams, StructuredOutput
 from paceline.constrain.compiler import Grammars
 from paceline.constrain.matcher import GrammarConstraint
 from paceline.draft.base import NOTHING, Proposal, chain
