@@ -176,7 +176,7 @@ def _table(*names: str) -> Table:
 def shown(figure: float | str | None) -> str:
     """A figure in few digits."""
     if figure is None:
-        return "–"
+        return ""
     if isinstance(figure, str):
         return figure
     return f"{figure:.0f}" if figure == int(figure) and abs(figure) < 1e9 else f"{figure:.4g}"

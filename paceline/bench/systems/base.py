@@ -36,7 +36,7 @@ class Row:
 
     def as_json(self) -> Mapping[str, Any]:
         """Plain values; a figure that is no finite number becomes text, which JSON can hold."""
-        found = asdict(self)
+        found = {"system": self.system, **asdict(self)}
         if isinstance(self.figure, float) and not math.isfinite(self.figure):
             found["figure"] = str(self.figure)
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,15 @@ class Context:
         self._traces = traces
         self.say = say
         self._llms: dict[tuple[Any, ...], LLM] = {}
+        self._made: dict[Hashable, Any] = {}
         self._plain: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the first call with this key: figures that several systems share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def few(self, full: int, quick: int) -> int:
         """How many, in this mode."""
@@ -69,10 +76,12 @@ class Context:
         """An engine over the shared weights; the same one for the same settings."""
         key = (speculation, *sorted(options.items()))
         if key not in self._llms:
-            longest = min(MAX_MODEL_LEN, self.loaded.max_model_len)
-            settings = {"max_model_len": longest, "kv_cache_memory": _KV_BYTES, **options}
-            self._llms[key] = LLM(self.loaded, speculation=speculation, **settings)
+            self._llms[key] = LLM(self.loaded, speculation=speculation, **self._settings(options))
         return self._llms[key]
+
+    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        longest = min(MAX_MODEL_LEN, self.loaded.max_model_len)
+        return {"max_model_len": longest, "kv_cache_memory": _KV_BYTES, **options}
 
     def fresh_llm(self, speculation: str, **options: Any) -> LLM:
         """A new engine in place of an earlier one of the same settings: nothing learnt, nothing cached."""
@@ -118,6 +127,11 @@ class Context:
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-draft-")
         self.say("Making a draft model by dropping layers")
         return str(save_dropped(self.loaded, Path(self._folder.name), every=_KEPT_LAYERS))
+
+    @cached_property
+    def draft_llm(self) -> LLM:
+        """The draft model as a model of its own, for its laws."""
+        return LLM(load_model(self.draft_model, dtype="float32"), speculation="none", **self._settings({}))
 
     def draft(self, options: str) -> str:
         """A speculation setting with the draft model: `context.draft("k=4")`."""

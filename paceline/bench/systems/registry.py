@@ -93,7 +93,7 @@ def find(names: Sequence[str]) -> list[System]:
     """
     for name in names:
         if name not in BY_NAME:
-            close = difflib.get_close_matches(name.lower(), BY_NAME, n=4, cutoff=0.5)
+            close = difflib.get_close_matches(name.lower(), BY_NAME, n=4)
             close = close or [known for known in BY_NAME if name.lower() in known][:4]
             fix = f"Did you mean {', '.join(close)}?" if close else "`paceline bench systems --list` shows all names."
             raise InputError(f"no system is called {name!r}.", field="NAME", fix=fix)
