@@ -72,7 +72,7 @@ SYSTEMS: tuple[System, ...] = (
     System(55, "deep-relu", "Deep ReLU Networks Preserve Expected Length", "2102.10492", "applications"),
     System(56, "seed", "SEED: Accelerating Reasoning Tree Construction via Scheduled Speculative Decoding", "2406.18200", "speculation"),
     System(57, "zero-shot-tests", "Zero-Shot Statistical Tests for LLM-Generated Text Detection using Finite Sample Concentration Inequalities", "2501.02406", "uncertainty"),
-    System(58, "chen", "Accelerating Large Language Model Decoding with Speculative Sampling", "2302.01318", "speculation"),
+    System(58, "chen", "Accelerating Large Language Model Decoding with Speculative Sampling", "2302.01318", "speculation", "paceline.bench.systems.chen:run"),
     System(59, "odin", "ODIN: Disentangled Reward Mitigates Hacking in RLHF", "2402.07319", "length bias"),
     System(60, "unseen-questions", "Answering Unseen Questions With Smaller Language Models Using Rationale Generation and Dense Retrieval", "2308.04711", "applications"),
     System(61, "cot-valve", "CoT-Valve: Length-Compressible Chain-of-Thought Tuning", "2502.09601", "length control"),
