@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             Path(args.out),
             settings,
             text=Path(args.text) if args.text else None,
-            command=shlex.join(["paceline", *sys.argv[1:]]),
+            command=_command(sys.argv[1:]),
             hardware=hardware,
             restart=args.restart,
             events=events,
@@ -135,6 +135,11 @@ def run(args: argparse.Namespace) -> int:
     hint = f"paceline generate {args.model} --speculation draft:model={folder} ..."
     out.print(f"Use it: {hint}", highlight=False, soft_wrap=True, style="dim")
     return 0
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command line for the record, without this machine's folders."""
+    return shlex.join(["paceline", *(Path(word).name if Path(word).is_absolute() else word for word in words)])
 
 
 def _settings(args: argparse.Namespace, *, on_cpu: bool) -> DraftSettings:

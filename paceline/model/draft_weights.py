@@ -42,6 +42,16 @@ def fingerprint(target: LoadedModel) -> dict[str, Any]:
     }
 
 
+def public_name(target: LoadedModel) -> str:
+    """What to call a target in a file that travels: its built-in name, or its name without this machine's folders."""
+    name = ALIASES.get(target.name, target.name)
+    if name not in BUILTIN_MODELS and (target.path / store.MARKER).is_file():
+        marked = (store.read_marker(target.path) or {}).get("name")
+        if marked in BUILTIN_MODELS:  # a built-in model given by its folder
+            return str(marked)
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def is_draft(name: str) -> bool:
     """Whether `name` means a draft of this kind: `builtin`, or a folder with a manifest."""
     return name == BUILTIN or (Path(name).expanduser() / MANIFEST).is_file()
@@ -149,9 +159,7 @@ def _resolve(name: str, target: LoadedModel) -> Path:
 
 
 def _shipped(target: LoadedModel) -> Path:
-    own = ALIASES.get(target.name, target.name)
-    if own not in BUILTIN_MODELS and (target.path / store.MARKER).is_file():
-        own = str((store.read_marker(target.path) or {}).get("name"))  # a built-in model given by its folder
+    own = public_name(target)
     folder = _SHIPPED / own
     if own in BUILTIN_MODELS and (folder / MANIFEST).is_file():
         return folder

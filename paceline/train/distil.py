@@ -24,6 +24,7 @@ from paceline.arrays import IntArray
 from paceline.errors import ConfigError, UnsupportedModelError
 from paceline.model.draft_weights import own_parameters
 from paceline.model.loader import LoadedModel
+from paceline.train.attention import use_library_attention
 from paceline.train.documents import Documents
 
 _WINDOW = 32
@@ -102,7 +103,7 @@ class Distiller:
         self._target, self._student, self._settings = target, student, settings
         self._device = target.device
         self._half = target.dtype == torch.bfloat16
-        target.model.set_attn_implementation("sdpa")
+        use_library_attention(target.model)
         check_head(target.model, self._device)
         order = np.random.default_rng(settings.seed).permutation(len(documents.lengths))
         cut = max(1, int(len(order) * settings.heldout))

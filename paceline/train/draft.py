@@ -192,4 +192,7 @@ def _claim(run: Path, target: LoadedModel, settings: DraftSettings, layers: tupl
 
 def _written_with(folder: Path) -> dict[str, Any]:
     about = json.loads((folder / "text.json").read_text(encoding="utf-8"))
-    return dict(about.get("settings") or {})
+    settings = dict(about.get("settings") or {})
+    if settings.get("prompts"):
+        settings["prompts"] = Path(settings["prompts"]).name
+    return settings

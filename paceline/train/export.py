@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from paceline.model.draft_weights import FORMAT, MANIFEST, file_facts, fingerprint, own_parameters
+from paceline.model.draft_weights import FORMAT, MANIFEST, file_facts, fingerprint, own_parameters, public_name
 from paceline.model.loader import LoadedModel
 
 _FILE_BYTES = 14 << 20
@@ -48,7 +48,7 @@ def export_draft(folder: Path, target: LoadedModel, student: Any, how: Provenanc
     manifest = {
         "format": FORMAT,
         "target": {
-            "name": target.name,
+            "name": public_name(target),
             "num_hidden_layers": int(target.config.num_hidden_layers),
             **fingerprint(target),
         },
@@ -84,13 +84,13 @@ def card(manifest: dict[str, Any]) -> str:
 
 Layers {", ".join(map(str, manifest["layers"]))} of the target's {target["num_hidden_layers"]}{wide}, trained to predict
 the target's next-token law on text that the target wrote. {manifest["parameters"]:,} parameters of its own
-({size:.1f} MB in bfloat16); embedding and head are the target's and are not in this folder. It works with that target
+({size:.1f} MB in bfloat16); embedding and head are the target's and not in this folder. It works with that target
 only: `--speculation draft:model=FOLDER`.
 
 - command: `{manifest["command"]}`
 - hardware: {manifest["hardware"]}
-- text: {text["documents"]:,} documents, {text["tokens"]:,} tokens, of which {text["own_tokens"]:,} the target's answers;
-  {_prompts(text)}
+- text: {text["documents"]:,} documents, {text["tokens"]:,} tokens, of which {text["own_tokens"]:,} are the target's
+  answers; {_prompts(text)}
 - training: {held["step"]:,} steps, {held["tokens"]:,} tokens (repetitions counted), {held["seconds"]:.0f} s
 - held out ({text["heldout_documents"]:,} documents, never trained on): acceptance {held["acceptance"]:.3f} at
   temperature 1 (mean of sum min(p, q) where the target answers), {held["agreement"]:.3f} at temperature 0 (same

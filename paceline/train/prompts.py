@@ -26,7 +26,7 @@ class Kind(IntEnum):
     GIVEN = 0
     """Tokens that are fed as they are."""
     OPENING = 1
-    """Written by the target at temperature 1: a user's turn, or the first words of a text."""
+    """Written by the target: a user's turn, or the first words of a text."""
     ANSWER = 2
     """Written by the target at the row's temperature until it ends."""
     END = 3

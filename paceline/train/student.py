@@ -12,6 +12,7 @@ import torch
 from paceline.errors import ConfigError, UnsupportedModelError
 from paceline.model.draft_weights import build_on_target, own_parameters
 from paceline.model.loader import LoadedModel
+from paceline.train.attention import use_library_attention
 
 _LAYER = re.compile(r"(.*\b(?:layers|h)\.)(\d+)(\..*)")
 
@@ -66,10 +67,17 @@ def make_student(
     Raises:
         UnsupportedModelError: the target's layers cannot be taken out one by one.
     """
+    target.model.requires_grad_(False)
     config = student_config(target.config, layers, intermediate)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = build_on_target(config, target.model, dtype=torch.float32, device=target.device, attention="sdpa")
+        student = build_on_target(
+            config,
+            target.model,
+            dtype=torch.float32,
+            device=target.device,
+            attention=use_library_attention(target.model),
+        )
     source = own_parameters(target.model)
     for name, parameter in own_parameters(student).items():
         found = _LAYER.fullmatch(name)

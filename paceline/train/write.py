@@ -23,14 +23,17 @@ from numpy.typing import NDArray
 
 from paceline.arrays import BoolArray
 from paceline.errors import ConfigError, CorruptFileError
-from paceline.model.draft_weights import fingerprint
+from paceline.model.draft_weights import fingerprint, public_name
 from paceline.model.loader import LoadedModel
+from paceline.train.attention import use_library_attention
 from paceline.train.documents import Documents, clean, load_documents, load_shard, save_shard, shard_path
 from paceline.train.prompts import Kind, OpeningRule, Script, file_scripts, own_scripts
 
 ABOUT = "text.json"
 _COMPACT_EVERY = 16
 """Steps between looks at which rows have ended: each look waits for the device."""
+_OPENING_HEAT = 0.8
+"""Temperature of users' turns and first words: varied, and still what somebody might ask."""
 _STRAGGLERS = 16
 """When fewer than 1 / this share of the rows is left, they are cut where they are."""
 
@@ -44,7 +47,7 @@ class WriteSettings:
     batch: int = 512
     """Documents written at once."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    """Answers are written at these in turn; users' turns and the first words of base models at 1."""
+    """Answers are written at these in turn."""
     turns: int = 2
     """Exchanges in one conversation that the target writes alone."""
     prompts: str | None = None
@@ -69,7 +72,7 @@ def write_text(
     folder.mkdir(parents=True, exist_ok=True)
     _check_folder(folder, target, settings, complete=_tokens_there(folder) >= tokens)
     scripts, rule = _scripts(target, settings)
-    target.model.set_attn_implementation("sdpa")
+    use_library_attention(target.model)
     done, index, barren = 0, 0, 0
     while done < tokens:
         path = shard_path(folder, index)
@@ -178,7 +181,7 @@ class BatchWriter:
         # No user's turn is empty.
         first = (opening & (self._place == 0))[:, None]
         logits[:, self._stops] = logits[:, self._stops].masked_fill(first, -torch.inf)
-        drawn = self._draw(logits, torch.where(opening, 1.0, self._heat))
+        drawn = self._draw(logits, torch.where(opening, _OPENING_HEAT, self._heat))
         ended = torch.isin(drawn, self._stops) | (opening & (self._place + 1 >= self._rule.longest))
         if self._rule.closing is not None:
             drawn = torch.where(opening & ended, self._rule.closing, drawn)
@@ -234,7 +237,7 @@ def _tokens_there(folder: Path) -> int:
 def _check_folder(folder: Path, target: LoadedModel, settings: WriteSettings | None, *, complete: bool) -> None:
     """Text of another target must not be used, and text begun with other settings must not be gone on with."""
     path = folder / ABOUT
-    about = {"target": {"name": target.name, **fingerprint(target)}, "settings": None}
+    about = {"target": {"name": public_name(target), **fingerprint(target)}, "settings": None}
     if settings is not None:
         about["settings"] = json.loads(json.dumps(asdict(settings)))
     if not path.exists():
