@@ -27,7 +27,7 @@ examples:
   paceline train draft smollm2-135m --out runs/try --tokens 20k --steps 20 --batch 16 --batch-tokens 1024
   paceline train draft org/model --out runs/own --prompts questions.jsonl --tokens 2M
   paceline train draft smollm2-135m --out runs/six --text runs/four/text --layers 6 --seconds 60
-  paceline train draft smollm2-135m --out runs/wide --text runs/four/text --layers 6 --intermediate 6336 --seconds 60
+  paceline train draft smollm2-135m --out runs/wide --text runs/four/text --layers 6 --intermediate 6320 --seconds 60
 
 then: paceline chat smollm2-135m --speculation draft:model=runs/four/draft
 
