@@ -21,7 +21,7 @@ import torch
 from paceline.errors import ConfigError, CorruptFileError
 from paceline.model.draft_weights import fingerprint
 from paceline.model.loader import LoadedModel
-from paceline.train.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from paceline.train.checkpoint import has_checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
 from paceline.train.distil import Distiller, DistilSettings, Measurement
 from paceline.train.documents import Documents
 from paceline.train.export import Provenance, export_draft
@@ -168,7 +168,7 @@ def _claim(run: Path, target: LoadedModel, settings: DraftSettings, layers: tupl
     kept.pop("compile")  # changes the speed only
     wanted = json.loads(json.dumps({"layers": layers, "intermediate": settings.intermediate, **kept}))
     wanted = {"target": fingerprint(target), **wanted}
-    if not path.exists():
+    if not path.exists() or not has_checkpoint(run / "checkpoints"):  # nothing of another run would be mixed in
         run.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(wanted, indent=1), encoding="utf-8")

@@ -179,6 +179,11 @@ def test_other_options_are_refused(target: LoadedModel, finished: Path, tmp_path
     with pytest.raises(ConfigError, match="tokens in"):
         train_draft(target, run, replace(SETTINGS, tokens=4000))
     assert train_draft(target, run, other, restart=True).is_dir()
+    (run / "run.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"run\.json.*--restart"):
+        train_draft(target, run, other)
+    shutil.rmtree(run / "checkpoints")
+    assert train_draft(target, run, SETTINGS).is_dir(), "without a checkpoint there is nothing to protect"
 
 
 def test_text_is_shared_by_several_drafts(target: LoadedModel, finished: Path, tmp_path: Path) -> None:
