@@ -21,8 +21,9 @@ from paceline.model.draft_weights import build_on_target, load_draft, own_parame
 from paceline.model.loader import LoadedModel
 from paceline.model.packed_linear import PackedLinear, pack_linears
 from paceline.train.checkpoint import load_checkpoint, save_checkpoint
-from paceline.train.distil import Distiller, DistilSettings, body, divergence, head, learning_rate
+from paceline.train.distil import Distiller, DistilSettings, learning_rate
 from paceline.train.draft import DraftSettings, Events, train_draft
+from paceline.train.laws import body, divergence, head
 from paceline.train.student import choose_layers, make_student
 from paceline.train.write import WriteSettings
 
