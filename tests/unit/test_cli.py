@@ -140,14 +140,14 @@ def test_demo_names_commands_that_parse() -> None:
         parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "bench spec"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench spec", "train draft", "train vocab"])
 def test_every_help_has_a_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert "usage: paceline" in out
-    assert command == "bench" or "examples:" in out
+    assert command in ("bench", "train") or "examples:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:
