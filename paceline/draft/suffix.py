@@ -1,0 +1,319 @@
+"""Suffix decoding (SuffixDecoding, 2411.04975): continue as the text did wherever its ending occurred before.
+
+Two suffix structures are asked for the current ending: one of the request's own tokens, prompt included, and one of
+what earlier and parallel requests of the same tenant were answered. The published method takes the single match whose
+continuations promise most. Here all matches of all lengths vote: every context has a say, the longest first, and what
+it leaves open goes to the next shorter one (the blending of PPM, Cleary & Witten 1984). How much a context leaves open
+is counted, by its length and how often it occurred, from what was committed after earlier drafts. The tree takes the
+likeliest paths first.
+
+Confidence class: the chance that the drafter sees for the node, how long its longest match is, and whether the
+request's own text says so.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+
+from paceline.draft.base import NOTHING, DraftContext, Proposal
+from paceline.draft.suffix_index import Occurrence, SuffixIndex
+from paceline.engine.request import Request
+from paceline.engine.types import Observation, Tap
+from paceline.errors import SpeculationSpecError
+
+_CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)
+"""Bounds between the classes of a node's chance ..."""
+_LENGTHS = (3, 5, 9, 17, 33)
+"""... and of its longest match."""
+_MIDDLES = (0.01, 0.03, 0.07, 0.14, 0.27, 0.42, 0.6, 0.78, 0.91, 0.97)
+_ENOUGH = 64
+"""Occurrences that are considered of each structure."""
+_OWN_WEIGHT = 2.0
+"""What an occurrence in the request's own text counts beside one elsewhere."""
+_READ_AT_ONCE = 4096
+"""Tokens of a long prompt that are read in a step, so that nobody waits for it."""
+_MAX_TENANTS = 64
+
+
+class _Match(NamedTuple):
+    """An occurrence and its vote."""
+
+    weight: float
+    occurrence: Occurrence
+    own: bool
+
+
+class _Level(NamedTuple):
+    """A context of the ending: its class and the tokens that followed it."""
+
+    of: int
+    following: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A tree in the making, and what is needed to learn from it."""
+
+    levels: list[_Level]
+    """The ending's contexts, the longest first."""
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    key: list[int] = field(default_factory=list)
+    after: list[_Level | None] = field(default_factory=list)
+    """What followed each node."""
+
+
+class Openness:
+    """How often a context is followed by something that never followed it before, by its length and frequency.
+
+    At first 2 / (n + 2) for one that occurred n times; counted from then on, the old fading slowly.
+    """
+
+    _PRIOR, _PRIOR_WEIGHT, _MEMORY = 2.0, 8.0, 500.0
+    _SIZES = (1, 2, 3, 5, 9, 17)
+    _BOUNDS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 40)
+
+    def __init__(self) -> None:
+        sizes = len(self._SIZES)
+        first = [self._PRIOR / (size + self._PRIOR) for size in self._SIZES]
+        self._open = [self._PRIOR_WEIGHT * chance for chance in first] * (len(self._BOUNDS) + 1)
+        self._seen = [self._PRIOR_WEIGHT] * (sizes * (len(self._BOUNDS) + 1))
+
+    def of(self, length: int, size: int) -> int:
+        """Class of a context of `length` tokens that occurred `size` times."""
+        return bisect_right(self._BOUNDS, length) * len(self._SIZES) + bisect_right(self._SIZES, size) - 1
+
+    def chance(self, of: int) -> float:
+        """That something new follows a context of this class."""
+        return self._open[of] / self._seen[of]
+
+    def learn(self, of: int, new: bool) -> None:
+        """Something followed a context of this class."""
+        if self._seen[of] >= self._MEMORY:
+            self._seen[of] *= 0.5
+            self._open[of] *= 0.5
+        self._seen[of] += 1.0
+        self._open[of] += new
+
+
+class _Tenant:
+    """What is kept of a tenant's requests."""
+
+    def __init__(self) -> None:
+        self.past = SuffixIndex()
+        self.openness = Openness()
+
+
+@dataclass(slots=True)
+class _State:
+    """A request: its own structure, and its number in its tenant's."""
+
+    own: SuffixIndex
+    tenant: _Tenant
+    sequence: int
+    shared: int
+    """Tokens of the request that its tenant's structure has, the prompt's counted as if."""
+    drafted_at: int = 0
+    """Tokens there were when the last draft was made."""
+    draft: _Draft | None = None
+
+
+class SuffixDrafter:
+    """Suffix decoding.
+
+    Args:
+        tokens: most output tokens of past and running requests that are kept, of all tenants together.
+        chain: draft only the likeliest path (for rules that need a chain).
+
+    Raises:
+        SpeculationSpecError: `tokens` is negative.
+    """
+
+    name = "suffix"
+    taps: frozenset[Tap] = frozenset()
+    cost_per_token = False
+    blocks = None
+
+    def __init__(self, *, tokens: int = 500_000, chain: bool = False) -> None:
+        if tokens < 0:
+            raise SpeculationSpecError(
+                f"suffix:tokens={tokens} is negative.", field="speculation", fix="0 keeps nothing of past requests."
+            )
+        self._most_tokens = tokens
+        self._chain = chain
+        self._states: dict[Request, _State] = {}
+        self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
+        self._num_tokens = 0
+        self.prior = np.repeat(_MIDDLES, (len(_LENGTHS) + 1) * 2)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
+        """The likeliest paths of every request whose ending is known."""
+        return [self._propose(context) for context in contexts]
+
+    def observe(self, observation: Observation) -> None:
+        """Nothing to do: the committed tokens are read at the next proposal."""
+
+    def forget(self, request: Request) -> None:
+        """Keep the rest of its output for its tenant's other requests, and drop its own structure."""
+        if request.num_output or request in self._states:
+            self._share(request, self._state(request))
+            del self._states[request]
+
+    def _propose(self, context: DraftContext) -> Proposal:
+        request = context.request
+        state = self._state(request)
+        self._learn(request, state)
+        self._share(request, state)
+        tokens, read = request.token_ids, state.own.num_tokens
+        state.own.extend(0, tokens[read : read + _READ_AT_ONCE])
+        state.drafted_at, state.draft = len(tokens), None
+        matches, levels = self._matches(state, tokens[-state.own.longest :])
+        if not matches or context.budget < 1:
+            return NOTHING
+        draft = state.draft = _Draft(levels)
+        self._grow(draft, matches, context.budget, state.tenant.openness)
+        return Proposal(*(np.array(column, dtype=np.int64) for column in (draft.tokens, draft.parents, draft.key)))
+
+    def _matches(self, state: _State, ending: Sequence[int]) -> tuple[list[_Match], list[_Level]]:
+        """All occurrences of the ending with their votes, the longest first, and its contexts.
+
+        A context of n occurrences that leaves the share e open gives (1 - e) / n of what longer contexts left to each
+        of them, those of longer contexts included.
+        """
+        own = [(o, True) for o in state.own.find(ending, enough=_ENOUGH)]
+        past = [(o, False) for o in state.tenant.past.find(ending, enough=_ENOUGH, without=state.sequence)]
+        found = sorted((pair for pair in own + past if pair[0].at < len(pair[0].tokens)), key=_by_length)
+        levels: list[_Level] = []
+        votes: list[tuple[int, float]] = []  # number of occurrences, each one's share
+        left, following, openness = 1.0, set[int](), state.tenant.openness
+        for i, (occurrence, _) in enumerate(found):
+            following.add(occurrence.tokens[occurrence.at])
+            if i + 1 == len(found) or found[i + 1][0].length < occurrence.length:
+                of = openness.of(occurrence.length, i + 1)
+                levels.append(_Level(of, frozenset(following)))
+                votes.append((i + 1, left * (1.0 - openness.chance(of)) / (i + 1)))
+                left *= openness.chance(of)
+        weight = sum(share for _, share in votes)
+        matches: list[_Match] = []
+        for size, share in votes:
+            for occurrence, is_own in found[len(matches) : size]:
+                matches.append(_Match(weight * (_OWN_WEIGHT if is_own else 1.0), occurrence, is_own))
+            weight -= share
+        return matches, levels
+
+    def _grow(self, draft: _Draft, matches: list[_Match], budget: int, openness: Openness) -> None:
+        """Take the likeliest paths until the budget is spent."""
+        heap: list[tuple[float, int, int, int, int, int, list[_Match]]] = []
+        count = 0
+
+        def offer(parent: int, depth: int, reach: float, group: list[_Match]) -> _Level | None:
+            """Queue what followed a node (-1: the ending itself) at the matches that lead there."""
+            nonlocal count
+            by_token: dict[int, list[_Match]] = {}
+            for match in group:
+                tokens, at = match.occurrence.tokens, match.occurrence.at + depth
+                if at < len(tokens):
+                    by_token.setdefault(tokens[at], []).append(match)
+            if not by_token:
+                return None
+            total = sum([match.weight for match in group])
+            length = group[0].occurrence.length + depth
+            of = openness.of(length, len(group))
+            left = 1.0 - openness.chance(of) if depth else 1.0
+            children = [(sum([m.weight for m in mine]) / total * left, token) for token, mine in by_token.items()]
+            for chance, token in [max(children)] if self._chain else children:
+                mine = by_token[token]
+                key = _class(chance, mine[0].occurrence.length + depth, any([m.own for m in mine]))
+                heappush(heap, (-reach * chance, count, token, parent, key, depth + 1, mine))
+                count += 1
+            return _Level(of, frozenset(by_token)) if depth else None
+
+        offer(-1, 0, 1.0, matches)
+        while heap and len(draft.tokens) < budget:
+            reach, _, token, parent, key, depth, group = heappop(heap)
+            draft.tokens.append(token)
+            draft.parents.append(parent)
+            draft.key.append(key)
+            draft.after.append(offer(len(draft.tokens) - 1, depth, -reach, group))
+
+    def _learn(self, request: Request, state: _State) -> None:
+        """Count what followed the contexts of the last draft."""
+        committed = request.token_ids[state.drafted_at :]
+        if state.draft is None or not committed:
+            return
+        draft, openness = state.draft, state.tenant.openness
+        for level in draft.levels:
+            new = committed[0] not in level.following
+            openness.learn(level.of, new)
+            if not new:
+                break
+        nodes = {(p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.tokens, strict=True))}
+        node: int | None = -1
+        for token, following in zip(committed, committed[1:], strict=False):
+            node = nodes.get((node, token))
+            if node is None:
+                break
+            after = draft.after[node]
+            if after is not None:
+                openness.learn(after.of, following not in after.following)
+
+    def _share(self, request: Request, state: _State) -> None:
+        """Give the tenant's structure what the request has written."""
+        tokens = request.token_ids[state.shared :]
+        state.shared += len(tokens)
+        if not tokens or not self._most_tokens:
+            return
+        before = state.tenant.past.num_tokens
+        state.tenant.past.extend(state.sequence, tokens)
+        self._num_tokens += state.tenant.past.num_tokens - before
+        while self._num_tokens > self._most_tokens:
+            # The tenant that keeps most gives: nobody loses what is his to another's flood.
+            biggest = max((tenant.past for tenant in self._tenants.values()), key=_size)
+            excess = min(self._num_tokens - self._most_tokens, biggest.num_tokens)
+            biggest.drop(excess)
+            self._num_tokens -= excess
+
+    def _state(self, request: Request) -> _State:
+        found = self._states.get(request)
+        if found is None:
+            tenant = self._tenant(request.salt)
+            own = SuffixIndex()
+            own.open()
+            found = self._states[request] = _State(own, tenant, tenant.past.open(), request.prompt_len)
+        return found
+
+    def _tenant(self, salt: str) -> _Tenant:
+        if salt not in self._tenants:
+            self._tenants[salt] = _Tenant()
+            if len(self._tenants) > _MAX_TENANTS:
+                self._evict(keep=salt)
+        self._tenants.move_to_end(salt)
+        return self._tenants[salt]
+
+    def _evict(self, keep: str) -> None:
+        """Drop the tenant that was idle longest; those with running requests stay."""
+        busy = {request.salt for request in self._states} | {keep}
+        idle = next((salt for salt in self._tenants if salt not in busy), None)
+        if idle is not None:
+            self._num_tokens -= self._tenants.pop(idle).past.num_tokens
+
+
+def _class(chance: float, length: int, own: bool) -> int:
+    """Confidence class of a node."""
+    place = bisect_right(_CHANCES, chance) * (len(_LENGTHS) + 1) + bisect_right(_LENGTHS, length)
+    return 2 * place + own
+
+
+def _by_length(found: tuple[Occurrence, bool]) -> int:
+    return -found[0].length
+
+
+def _size(index: SuffixIndex) -> int:
+    return index.num_tokens
