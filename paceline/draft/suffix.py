@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -42,19 +43,34 @@ _READ_AT_ONCE = 4096
 _MAX_TENANTS = 64
 
 
-class _Match(NamedTuple):
-    """An occurrence and its vote."""
+@dataclass(frozen=True, slots=True)
+class _Matches:
+    """Occurrences of the ending, the longest first, as columns; a group of them is a list of indices."""
 
-    weight: float
-    occurrence: Occurrence
-    own: bool
+    lengths: list[int]
+    texts: list[list[int]]
+    at: list[int]
+    own: list[bool]
+    votes: list[float]
+
+    def following(self, group: list[int], depth: int) -> dict[int, list[int]]:
+        """The group by the token that comes `depth` after the ending's next."""
+        if len(group) == 1:  # most groups
+            text, at = self.texts[group[0]], self.at[group[0]] + depth
+            return {text[at]: group} if at < len(text) else {}
+        by_token: dict[int, list[int]] = {}
+        for i in group:
+            text, at = self.texts[i], self.at[i] + depth
+            if at < len(text):
+                by_token.setdefault(text[at], []).append(i)
+        return by_token
 
 
 class _Level(NamedTuple):
-    """A context of the ending: its class and the tokens that followed it."""
+    """A context: its class and the tokens that followed it."""
 
     of: int
-    following: frozenset[int]
+    following: Container[int]
 
 
 @dataclass(slots=True)
@@ -68,6 +84,11 @@ class _Draft:
     key: list[int] = field(default_factory=list)
     after: list[_Level | None] = field(default_factory=list)
     """What followed each node."""
+
+    def proposal(self) -> Proposal:
+        """The tree."""
+        tokens, parents, key = (np.array(c, dtype=np.int64) for c in (self.tokens, self.parents, self.key))
+        return Proposal(tokens, parents, key)
 
 
 class Openness:
@@ -174,74 +195,15 @@ class SuffixDrafter:
         tokens, read = request.token_ids, state.own.num_tokens
         state.own.extend(0, tokens[read : read + _READ_AT_ONCE])
         state.drafted_at, state.draft = len(tokens), None
-        matches, levels = self._matches(state, tokens[-state.own.longest :])
-        if not matches or context.budget < 1:
-            return NOTHING
-        draft = state.draft = _Draft(levels)
-        self._grow(draft, matches, context.budget, state.tenant.openness)
-        return Proposal(*(np.array(column, dtype=np.int64) for column in (draft.tokens, draft.parents, draft.key)))
-
-    def _matches(self, state: _State, ending: Sequence[int]) -> tuple[list[_Match], list[_Level]]:
-        """All occurrences of the ending with their votes, the longest first, and its contexts.
-
-        A context of n occurrences that leaves the share e open gives (1 - e) / n of what longer contexts left to each
-        of them, those of longer contexts included.
-        """
+        ending = tokens[-state.own.longest :]
         own = [(o, True) for o in state.own.find(ending, enough=_ENOUGH)]
         past = [(o, False) for o in state.tenant.past.find(ending, enough=_ENOUGH, without=state.sequence)]
-        found = sorted((pair for pair in own + past if pair[0].at < len(pair[0].tokens)), key=_by_length)
-        levels: list[_Level] = []
-        votes: list[tuple[int, float]] = []  # number of occurrences, each one's share
-        left, following, openness = 1.0, set[int](), state.tenant.openness
-        for i, (occurrence, _) in enumerate(found):
-            following.add(occurrence.tokens[occurrence.at])
-            if i + 1 == len(found) or found[i + 1][0].length < occurrence.length:
-                of = openness.of(occurrence.length, i + 1)
-                levels.append(_Level(of, frozenset(following)))
-                votes.append((i + 1, left * (1.0 - openness.chance(of)) / (i + 1)))
-                left *= openness.chance(of)
-        weight = sum(share for _, share in votes)
-        matches: list[_Match] = []
-        for size, share in votes:
-            for occurrence, is_own in found[len(matches) : size]:
-                matches.append(_Match(weight * (_OWN_WEIGHT if is_own else 1.0), occurrence, is_own))
-            weight -= share
-        return matches, levels
-
-    def _grow(self, draft: _Draft, matches: list[_Match], budget: int, openness: Openness) -> None:
-        """Take the likeliest paths until the budget is spent."""
-        heap: list[tuple[float, int, int, int, int, int, list[_Match]]] = []
-        count = 0
-
-        def offer(parent: int, depth: int, reach: float, group: list[_Match]) -> _Level | None:
-            """Queue what followed a node (-1: the ending itself) at the matches that lead there."""
-            nonlocal count
-            by_token: dict[int, list[_Match]] = {}
-            for match in group:
-                tokens, at = match.occurrence.tokens, match.occurrence.at + depth
-                if at < len(tokens):
-                    by_token.setdefault(tokens[at], []).append(match)
-            if not by_token:
-                return None
-            total = sum([match.weight for match in group])
-            length = group[0].occurrence.length + depth
-            of = openness.of(length, len(group))
-            left = 1.0 - openness.chance(of) if depth else 1.0
-            children = [(sum([m.weight for m in mine]) / total * left, token) for token, mine in by_token.items()]
-            for chance, token in [max(children)] if self._chain else children:
-                mine = by_token[token]
-                key = _class(chance, mine[0].occurrence.length + depth, any([m.own for m in mine]))
-                heappush(heap, (-reach * chance, count, token, parent, key, depth + 1, mine))
-                count += 1
-            return _Level(of, frozenset(by_token)) if depth else None
-
-        offer(-1, 0, 1.0, matches)
-        while heap and len(draft.tokens) < budget:
-            reach, _, token, parent, key, depth, group = heappop(heap)
-            draft.tokens.append(token)
-            draft.parents.append(parent)
-            draft.key.append(key)
-            draft.after.append(offer(len(draft.tokens) - 1, depth, -reach, group))
+        if context.budget < 1 or not (own or past):
+            return NOTHING
+        openness = state.tenant.openness
+        matches, levels = _vote(sorted(own + past, key=_by_length), openness)
+        state.draft = _grow(matches, levels, context.budget, openness, chain=self._chain)
+        return state.draft.proposal()
 
     def _learn(self, request: Request, state: _State) -> None:
         """Count what followed the contexts of the last draft."""
@@ -255,10 +217,10 @@ class SuffixDrafter:
             if not new:
                 break
         nodes = {(p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.tokens, strict=True))}
-        node: int | None = -1
-        for token, following in zip(committed, committed[1:], strict=False):
-            node = nodes.get((node, token))
-            if node is None:
+        node = -1
+        for token, following in pairwise(committed):
+            node = nodes.get((node, token), -1)
+            if node < 0:
                 break
             after = draft.after[node]
             if after is not None:
@@ -305,6 +267,64 @@ class SuffixDrafter:
             self._num_tokens -= self._tenants.pop(idle).past.num_tokens
 
 
+def _vote(found: Sequence[tuple[Occurrence, bool]], openness: Openness) -> tuple[_Matches, list[_Level]]:
+    """The occurrences with their votes, and the ending's contexts, the longest first.
+
+    A context of n occurrences that leaves the share e open gives (1 - e) / n of what longer contexts left to each of
+    them, those of longer contexts included.
+    """
+    levels: list[_Level] = []
+    shares: list[tuple[int, float]] = []  # occurrences of a context, what each of them gets
+    left, following = 1.0, set[int]()
+    for i, ((length, text, at), _) in enumerate(found, start=1):
+        following.add(text[at])
+        if i == len(found) or found[i][0][0] < length:
+            of = openness.of(length, i)
+            chance = openness.chance(of)
+            levels.append(_Level(of, frozenset(following)))
+            shares.append((i, left * (1.0 - chance) / i))
+            left *= chance
+    vote = sum([share for _, share in shares])
+    votes: list[float] = []
+    for size, share in shares:
+        votes += [vote * _OWN_WEIGHT if own else vote for _, own in found[len(votes) : size]]
+        vote -= share
+    occurrences, own = zip(*found, strict=True)
+    lengths, texts, places = zip(*occurrences, strict=True)
+    return _Matches(list(lengths), list(texts), list(places), list(own), votes), levels
+
+
+def _grow(matches: _Matches, levels: list[_Level], budget: int, openness: Openness, *, chain: bool) -> _Draft:
+    """Take the likeliest paths until the budget is spent."""
+    draft = _Draft(levels)
+    lengths, own, votes = matches.lengths, matches.own, matches.votes
+    heap: list[tuple[float, int, int, int, int, list[int], float]] = []  # likeliest, then oldest first
+    count, reach, node, depth, group = 0, 1.0, -1, 0, list(range(len(votes)))
+    while True:
+        by_token = matches.following(group, depth)
+        of = openness.of(lengths[group[0]] + depth, len(group))
+        known = 1.0 - openness.chance(of) if depth else 1.0
+        if node >= 0:
+            draft.after.append(_Level(of, by_token) if by_token else None)
+        if len(by_token) == 1 and len(group) == 1:
+            for token in by_token:
+                heappush(heap, (-reach * known, count, node, token, depth + 1, group, known))
+        else:
+            known /= sum([votes[i] for i in group])
+            children = [(known * sum([votes[i] for i in mine]), token) for token, mine in by_token.items()]
+            for chance, token in sorted(children)[-1:] if chain else children:
+                heappush(heap, (-reach * chance, count, node, token, depth + 1, by_token[token], chance))
+                count += 1
+        count += 1
+        if not heap or len(draft.tokens) == budget:
+            return draft
+        reach, _, parent, token, depth, group, chance = heappop(heap)
+        reach, node = -reach, len(draft.tokens)
+        draft.tokens.append(token)
+        draft.parents.append(parent)
+        draft.key.append(_class(chance, lengths[group[0]] + depth - 1, any(map(own.__getitem__, group))))
+
+
 def _class(chance: float, length: int, own: bool) -> int:
     """Confidence class of a node."""
     place = bisect_right(_CHANCES, chance) * (len(_LENGTHS) + 1) + bisect_right(_LENGTHS, length)
@@ -312,7 +332,7 @@ def _class(chance: float, length: int, own: bool) -> int:
 
 
 def _by_length(found: tuple[Occurrence, bool]) -> int:
-    return -found[0].length
+    return -found[0][0]
 
 
 def _size(index: SuffixIndex) -> int:

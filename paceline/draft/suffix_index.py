@@ -12,19 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 _SEQUENCE_BITS = 32
 _INDEX = (1 << _SEQUENCE_BITS) - 1
 
 
-class Occurrence(NamedTuple):
-    """An earlier place where the ending's last `length` tokens stood, and token `at` of `tokens` came next."""
-
-    length: int
-    tokens: Sequence[int]
-    at: int
-    sequence: int
+Occurrence = tuple[int, list[int], int]
+"""(length, tokens, at): the ending's last `length` tokens stood before `tokens[at]`. A plain tuple, for speed."""
 
 
 class _Node:
@@ -102,9 +96,10 @@ class SuffixIndex:
                 places = [place for place in places if place >> _SEQUENCE_BITS != without]
             if node.children is None:
                 measured = [self._measured(place, ending, length) for place in places]
-                found += sorted((o for o in measured if o.length), key=_by_length)
+                found += sorted([o for o in measured if o[0]], key=_by_length)
             elif length:
-                found += [self._occurrence(place, length) for place in places]
+                texts = self._sequences
+                found += [(length, texts[place >> _SEQUENCE_BITS], place & _INDEX) for place in places]
             if len(found) >= enough:
                 break
         return found
@@ -179,19 +174,14 @@ class SuffixIndex:
             path.append(node)
         return path
 
-    def _occurrence(self, place: int, length: int) -> Occurrence:
-        sequence = place >> _SEQUENCE_BITS
-        return Occurrence(length, self._sequences[sequence], place & _INDEX, sequence)
-
     def _measured(self, place: int, ending: Sequence[int], length: int) -> Occurrence:
         """The occurrence with its true length, which is at least `length`."""
-        sequence, at = place >> _SEQUENCE_BITS, place & _INDEX
-        tokens, end = self._sequences[sequence], len(ending)
+        tokens, at, end = self._sequences[place >> _SEQUENCE_BITS], place & _INDEX, len(ending)
         most = min(at, end, self.longest)
         while length < most and tokens[at - 1 - length] == ending[end - 1 - length]:
             length += 1
-        return Occurrence(length, tokens, at, sequence)
+        return length, tokens, at
 
 
 def _by_length(occurrence: Occurrence) -> int:
-    return -occurrence.length
+    return -occurrence[0]
