@@ -10,7 +10,7 @@ what came lately says more about what comes next than what came long ago.
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
 from collections.abc import Sequence
 
 _SEQUENCE_BITS = 32
@@ -27,7 +27,7 @@ class _Node:
     __slots__ = ("children", "places")
 
     def __init__(self) -> None:
-        self.places: deque[int] = deque()
+        self.places = array("q")
         self.children: dict[int, _Node] | None = None
 
     def child(self, token: int) -> _Node:
@@ -141,7 +141,7 @@ class SuffixIndex:
             for child in node.children.values():
                 if len(child.places) > self._recent:
                     self._settle(child, depth + 1)
-        node.places.popleft()
+        node.places.pop(0)
 
     def _remove(self, place: int, tokens: list[int]) -> None:
         node, depth, at = self._root, 0, place & _INDEX
