@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class Successors:
             Tokens [n] and successors [n, WIDTH].
         """
         table = np.full((len(tokens) - 1, WIDTH), -1, dtype=np.int64)
-        for i, (token, following) in enumerate(zip(tokens, tokens[1:], strict=False)):
+        for i, (token, following) in enumerate(pairwise(tokens)):
             known = self._after.setdefault(token, [])
             if following in known:
                 known.remove(following)
@@ -207,9 +208,7 @@ def _replay_one(item: Recorded, stages: _Stages, setting: AcceptSetting) -> Acce
 def _plan(request: Request, stages: _Stages, setting: AcceptSetting) -> SpecPlan:
     """Every drafter is asked; the budget's best nodes are verified."""
     rows = stages.estimates.requests.batch((request,), _NO_LIMIT).rows
-    limits: dict[str, Any] = {
-        name: max(registry.entry(name).most, setting.nodes) for name in setting.drafters
-    }
+    limits: dict[str, Any] = {name: max(registry.entry(name).most, setting.nodes) for name in setting.drafters}
     return SpecPlan(
         budgets=np.array([max(limits.values())]),
         drafters=setting.drafters,
@@ -252,12 +251,3 @@ def _add(total: Accepted, found: Accepted) -> None:
     total.nodes += found.nodes
     total.expected += found.expected
     total.draft_seconds += found.draft_seconds
-
-
-def timed(trace: Sequence[Recorded], setting: AcceptSetting) -> tuple[Accepted, float]:
-    """A whole run, and the seconds it took."""
-    started = time.perf_counter()
-    total = Accepted()
-    for total in replay_accepted(trace, setting):
-        pass
-    return total, time.perf_counter() - started
