@@ -8,7 +8,6 @@ and the budget's best are verified. State is kept from request to request as in 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -95,6 +94,18 @@ def check_reader(name: str) -> None:
         )
 
 
+def check_warmup(warmup: int, requests: int) -> None:
+    """Refuse a warm-up that leaves nothing to count.
+
+    Raises:
+        InputError: it does.
+    """
+    if warmup >= requests:
+        raise InputError(
+            f"is {warmup}, but there are only {requests} requests.", field="--warmup", fix="Leave some to be counted."
+        )
+
+
 class Successors:
     """The latest different tokens that were seen to follow each token: what a trace can say instead of logits."""
 
@@ -158,12 +169,7 @@ def replay_accepted(trace: Sequence[Recorded], setting: AcceptSetting) -> Iterat
     Raises:
         InputError: a drafter failed, or the warm-up leaves nothing to count.
     """
-    if setting.warmup >= len(trace):
-        raise InputError(
-            f"is {setting.warmup}, but there are only {len(trace)} requests.",
-            field="--warmup",
-            fix="Leave some to be counted.",
-        )
+    check_warmup(setting.warmup, len(trace))
     rng = np.random.default_rng(setting.seed)
     vocab_size = 1 + max(max(*item.prompt, *item.output) for item in trace)
     stages = _Stages(setting, vocab_size, rng)
