@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -38,23 +37,38 @@ _ENOUGH = 64
 """Occurrences that are considered of each structure."""
 _OWN_WEIGHT = 2.0
 """What an occurrence in the request's own text counts beside one elsewhere."""
+_WORTH_A_LOOK = 0.03
+"""What follows a node is looked up anew where at least this chance would be left open otherwise."""
 _READ_AT_ONCE = 4096
 """Tokens of a long prompt that are read in a step, so that nobody waits for it."""
 _MAX_TENANTS = 64
 
 
+class _Level(NamedTuple):
+    """A context: its class and the tokens that followed it."""
+
+    of: int
+    following: Container[int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Matches:
-    """Occurrences of the ending, the longest first, as columns; a group of them is a list of indices."""
+    """Occurrences of an ending, the longest first, as columns; a group of them is a list of indices."""
 
+    depth: int
+    """Draft tokens that the ending holds."""
+    levels: list[_Level]
+    """The contexts it was found by, the longest first."""
     lengths: list[int]
     texts: list[list[int]]
     at: list[int]
     own: list[bool]
     votes: list[float]
+    """Chance that the text goes on as at this occurrence."""
 
     def following(self, group: list[int], depth: int) -> dict[int, list[int]]:
-        """The group by the token that comes `depth` after the ending's next."""
+        """The group by the token that comes after `depth` draft tokens."""
+        depth -= self.depth
         if len(group) == 1:  # most groups
             text, at = self.texts[group[0]], self.at[group[0]] + depth
             return {text[at]: group} if at < len(text) else {}
@@ -65,30 +79,33 @@ class _Matches:
                 by_token.setdefault(text[at], []).append(i)
         return by_token
 
-
-class _Level(NamedTuple):
-    """A context: its class and the tokens that followed it."""
-
-    of: int
-    following: Container[int]
+    def sorted_out(self, group: list[int]) -> tuple[int, bool]:
+        """Longest match of a group when it was looked up, and whether one is in the request's own text."""
+        return self.lengths[group[0]], any(map(self.own.__getitem__, group))
 
 
 @dataclass(slots=True)
 class _Draft:
     """A tree in the making, and what is needed to learn from it."""
 
-    levels: list[_Level]
-    """The ending's contexts, the longest first."""
+    after: list[Sequence[_Level]]
+    """The contexts that said what follows the ending (first entry) and each node, the longest first."""
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
     key: list[int] = field(default_factory=list)
-    after: list[_Level | None] = field(default_factory=list)
-    """What followed each node."""
 
     def proposal(self) -> Proposal:
         """The tree."""
         tokens, parents, key = (np.array(c, dtype=np.int64) for c in (self.tokens, self.parents, self.key))
         return Proposal(tokens, parents, key)
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from the root to a node."""
+        tokens: list[int] = []
+        while node >= 0:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]
 
 
 class Openness:
@@ -195,15 +212,52 @@ class SuffixDrafter:
         tokens, read = request.token_ids, state.own.num_tokens
         state.own.extend(0, tokens[read : read + _READ_AT_ONCE])
         state.drafted_at, state.draft = len(tokens), None
-        ending = tokens[-state.own.longest :]
+        matches = self._look_up(state, tokens[-state.own.longest :], 0)
+        if matches is None or context.budget < 1:
+            return NOTHING
+        state.draft = self._grow(state, matches, tokens[-state.own.longest :], context.budget)
+        return state.draft.proposal()
+
+    def _look_up(self, state: _State, ending: Sequence[int], depth: int) -> _Matches | None:
+        """All occurrences of an ending whose last `depth` tokens are drafted."""
         own = [(o, True) for o in state.own.find(ending, enough=_ENOUGH)]
         past = [(o, False) for o in state.tenant.past.find(ending, enough=_ENOUGH, without=state.sequence)]
-        if context.budget < 1 or not (own or past):
-            return NOTHING
-        openness = state.tenant.openness
-        matches, levels = _vote(sorted(own + past, key=_by_length), openness)
-        state.draft = _grow(matches, levels, context.budget, openness, chain=self._chain)
-        return state.draft.proposal()
+        if not own and not past:
+            return None
+        return _vote(sorted(own + past, key=_by_length), depth, state.tenant.openness)
+
+    def _grow(self, state: _State, matches: _Matches, ending: Sequence[int], budget: int) -> _Draft:
+        """Take the likeliest paths until the budget is spent."""
+        draft, openness = _Draft([matches.levels]), state.tenant.openness
+        heap: list[tuple[float, int, int, int, int, float, _Matches, list[int]]] = []  # likeliest first
+        count, node, depth, reach, group = 0, -1, 0, 1.0, list(range(len(matches.votes)))
+        known, by_token = 1.0, matches.following(group, 0)
+        while True:
+            for token, mine in by_token.items() if not self._chain else _likeliest(by_token, matches.votes):
+                chance = known * sum([matches.votes[i] for i in mine])
+                heappush(heap, (-reach * chance, count, node, token, depth + 1, chance, matches, mine))
+                count += 1
+            if not heap or len(draft.tokens) == budget:
+                return draft
+            reach, _, parent, token, depth, chance, matches, group = heappop(heap)
+            reach, node = -reach, len(draft.tokens)
+            draft.tokens.append(token)
+            draft.parents.append(parent)
+            length, own = matches.sorted_out(group)
+            draft.key.append(_class(chance, length + depth - 1 - matches.depth, own))
+            of = openness.of(length + depth - matches.depth, len(group))
+            unknown = openness.chance(of)
+            found = None
+            if reach * unknown >= _WORTH_A_LOOK:
+                found = self._look_up(state, [*ending, *draft.path(node)], depth)
+            if found is not None:
+                matches, group, known = found, list(range(len(found.votes))), 1.0
+                by_token = matches.following(group, depth)
+                draft.after.append(matches.levels)
+            else:
+                known = (1.0 - unknown) / sum([matches.votes[i] for i in group])
+                by_token = matches.following(group, depth)
+                draft.after.append([_Level(of, by_token)] if by_token else [])
 
     def _learn(self, request: Request, state: _State) -> None:
         """Count what followed the contexts of the last draft."""
@@ -211,20 +265,17 @@ class SuffixDrafter:
         if state.draft is None or not committed:
             return
         draft, openness = state.draft, state.tenant.openness
-        for level in draft.levels:
-            new = committed[0] not in level.following
-            openness.learn(level.of, new)
-            if not new:
-                break
         nodes = {(p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.tokens, strict=True))}
         node = -1
-        for token, following in pairwise(committed):
+        for token in committed:
+            for level in draft.after[node + 1]:
+                new = token not in level.following
+                openness.learn(level.of, new)
+                if not new:
+                    break
             node = nodes.get((node, token), -1)
             if node < 0:
                 break
-            after = draft.after[node]
-            if after is not None:
-                openness.learn(after.of, following not in after.following)
 
     def _share(self, request: Request, state: _State) -> None:
         """Give the tenant's structure what the request has written."""
@@ -267,11 +318,11 @@ class SuffixDrafter:
             self._num_tokens -= self._tenants.pop(idle).past.num_tokens
 
 
-def _vote(found: Sequence[tuple[Occurrence, bool]], openness: Openness) -> tuple[_Matches, list[_Level]]:
-    """The occurrences with their votes, and the ending's contexts, the longest first.
+def _vote(found: Sequence[tuple[Occurrence, bool]], depth: int, openness: Openness) -> _Matches:
+    """The occurrences of an ending with their votes.
 
     A context of n occurrences that leaves the share e open gives (1 - e) / n of what longer contexts left to each of
-    them, those of longer contexts included.
+    them, those of longer contexts included. What the shortest one leaves open is nobody's.
     """
     levels: list[_Level] = []
     shares: list[tuple[int, float]] = []  # occurrences of a context, what each of them gets
@@ -289,40 +340,16 @@ def _vote(found: Sequence[tuple[Occurrence, bool]], openness: Openness) -> tuple
     for size, share in shares:
         votes += [vote * _OWN_WEIGHT if own else vote for _, own in found[len(votes) : size]]
         vote -= share
+    scale = (1.0 - left) / sum(votes)
     occurrences, own = zip(*found, strict=True)
     lengths, texts, places = zip(*occurrences, strict=True)
-    return _Matches(list(lengths), list(texts), list(places), list(own), votes), levels
+    votes = [scale * vote for vote in votes]
+    return _Matches(depth, levels, list(lengths), list(texts), list(places), list(own), votes)
 
 
-def _grow(matches: _Matches, levels: list[_Level], budget: int, openness: Openness, *, chain: bool) -> _Draft:
-    """Take the likeliest paths until the budget is spent."""
-    draft = _Draft(levels)
-    lengths, own, votes = matches.lengths, matches.own, matches.votes
-    heap: list[tuple[float, int, int, int, int, list[int], float]] = []  # likeliest, then oldest first
-    count, reach, node, depth, group = 0, 1.0, -1, 0, list(range(len(votes)))
-    while True:
-        by_token = matches.following(group, depth)
-        of = openness.of(lengths[group[0]] + depth, len(group))
-        known = 1.0 - openness.chance(of) if depth else 1.0
-        if node >= 0:
-            draft.after.append(_Level(of, by_token) if by_token else None)
-        if len(by_token) == 1 and len(group) == 1:
-            for token in by_token:
-                heappush(heap, (-reach * known, count, node, token, depth + 1, group, known))
-        else:
-            known /= sum([votes[i] for i in group])
-            children = [(known * sum([votes[i] for i in mine]), token) for token, mine in by_token.items()]
-            for chance, token in sorted(children)[-1:] if chain else children:
-                heappush(heap, (-reach * chance, count, node, token, depth + 1, by_token[token], chance))
-                count += 1
-        count += 1
-        if not heap or len(draft.tokens) == budget:
-            return draft
-        reach, _, parent, token, depth, group, chance = heappop(heap)
-        reach, node = -reach, len(draft.tokens)
-        draft.tokens.append(token)
-        draft.parents.append(parent)
-        draft.key.append(_class(chance, lengths[group[0]] + depth - 1, any(map(own.__getitem__, group))))
+def _likeliest(by_token: dict[int, list[int]], votes: list[float]) -> list[tuple[int, list[int]]]:
+    """The token with most votes, as the only entry."""
+    return sorted(by_token.items(), key=lambda entry: sum(votes[i] for i in entry[1]))[-1:]
 
 
 def _class(chance: float, length: int, own: bool) -> int:
