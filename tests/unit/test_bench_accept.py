@@ -22,9 +22,7 @@ def item(number: int, prompt: tuple[int, ...], output: tuple[int, ...]) -> Recor
 
 
 def total(trace: list[Recorded], *drafters: str, nodes: int = 8, **options: object) -> Accepted:
-    found = Accepted()
-    for found in replay_accepted(trace, AcceptSetting(drafters, nodes, **options)):  # type: ignore[arg-type]
-        pass
+    *_, found = replay_accepted(trace, AcceptSetting(drafters, nodes, **options))  # type: ignore[arg-type]
     return found
 
 
