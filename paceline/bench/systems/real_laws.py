@@ -17,6 +17,7 @@ from paceline.arrays import FloatArray
 from paceline.bench.laws import Context as Tokens
 from paceline.bench.laws import Draft, LawOf, ScriptedLaw, error_of
 from paceline.bench.systems.context import Context
+from paceline.bench.systems.measures import law_p_value
 from paceline.engine.sampling import Law, top_ids
 from paceline.llm import LLM
 from paceline.model.runner import ForwardBatch, SequenceInput
@@ -43,15 +44,18 @@ def real_laws(context: Context) -> list[RealLaws]:
     return found
 
 
-def law_error(context: Context, rule: AcceptanceRule, draft: Callable[[LawOf], Draft]) -> tuple[float, int]:
+def law_error(
+    context: Context, rule: AcceptanceRule, draft: Callable[[LawOf], Draft], *, most: int | None = None
+) -> tuple[float, int]:
     """Largest error of a joint probability that rule and drafter make at any context, and the number of contexts.
 
     Args:
         context: gives the laws.
         rule: its own code runs.
         draft: from the draft law to a drafter.
+        most: contexts looked at; all of them by default.
     """
-    laws = real_laws(context)
+    laws = real_laws(context)[:most]
     return max(error_of(rule, at.p, draft(at.q), at.vocab, LENGTH) for at in laws), len(laws)
 
 
@@ -129,6 +133,26 @@ def uniform_law(vocab: int) -> LawOf:
     flat = ScriptedLaw(np.zeros(vocab), np.arange(vocab, dtype=np.int64))
     end = ScriptedLaw(np.zeros(1), np.zeros(1, dtype=np.int64))
     return lambda path: flat if len(path) < LENGTH else end
+
+
+def pairs_p_value(llm: LLM, prefix: Sequence[int], pairs: Sequence[tuple[int, int]], top: int) -> float:
+    """Of the chi-square of the first two tokens of many runs against their exact joint law at temperature 1.
+
+    Args:
+        llm: the target.
+        prefix: the prompt of the runs.
+        pairs: their first two tokens.
+        top: the runs' top-k.
+    """
+    first = top_ids(next_rows(llm, prefix)[0], top).tolist()
+    joint = joint_law(next_rows(llm, prefix, first), first, top)
+    counts = np.zeros_like(joint)
+    for a, b in pairs:
+        if a not in first:
+            return 0.0
+        counts[first.index(a), b] += 1
+    used = (joint > 0).any(axis=0) | (counts > 0).any(axis=0)  # second tokens that never come need no cells
+    return law_p_value(counts[:, used], joint[:, used])
 
 
 def joint_law(rows: NDArray[np.float32], tokens: Sequence[int], top: int) -> FloatArray:
