@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
@@ -82,7 +83,7 @@ class Watching(Verifier):
 def _measure(context: Context, size: int) -> tuple[int, Seen]:
     """Rows of a batch equal to their own plain output, and what was seen."""
     prompts, tokens = context.prompts(max(BATCHES))[:size], context.few(64, 24)
-    plain = context.greedy(prompts, tokens)
+    plain = context.greedy(prompts, tokens, alone=True)
     llm = context.fresh_llm(f"ngram:k={LENGTH}", enable_prefix_caching=False, block_size=1)
     seen = Seen()
     llm.engine.stages = replace(llm.engine.stages, verifier=Watching(llm, seen))
@@ -96,7 +97,8 @@ def _measure(context: Context, size: int) -> tuple[int, Seen]:
 
 
 def _first_mlp(llm: LLM) -> torch.nn.Module:
-    for name, module in llm.loaded.model.named_modules():
+    modules: dict[str, torch.nn.Module] = dict(llm.loaded.model.named_modules())
+    for name, module in modules.items():
         if name.endswith("layers.0.mlp"):
             return module
     raise PacelineError(f"{llm.model_name} has no layers.0.mlp whose tokens could be counted.")
@@ -125,7 +127,7 @@ def _padding(found: dict[int, tuple[int, Seen]]) -> Iterator[Row]:
     ):
         listed = ", ".join(f"{ratio:.3f} at {size}" for size, ratio in zip(found, ratios, strict=True))
         yield above(f"padded over real {what}, batch of {BATCHES[0]}", ratios[0], 1.0, f"decode steps: {listed}")
-        growth = min(b / a for a, b in zip(ratios, ratios[1:], strict=False))
+        growth = min(b / a for a, b in pairwise(ratios))
         yield above(f"padding of {what} grows with the batch", growth, 1.0, "smallest growth from one size to the next")
 
 

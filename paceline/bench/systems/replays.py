@@ -18,7 +18,7 @@ from paceline.bench.replay_traces import RECORDED, Recorded, Script, read_trace
 from paceline.bench.systems.context import Context
 from paceline.plan.cost_model import CostTable, DraftCost
 
-LOADS = (1, 8, 32, 128)
+LOADS = (1, 8, 32, 128, 512)
 MOST = 8
 FIXED = tuple(f"fixed:k={k}" for k in range(1, MOST + 1))
 _DRAFT_SHARE = 0.1
@@ -79,17 +79,22 @@ def _pairs(context: Context) -> Iterator[tuple[list[Recorded], str, Path, CostTa
             yield trace, drafter, path, table
 
 
-def made_up(context: Context, rate: float) -> tuple[list[Recorded], CostTable]:
-    """A trace whose draft tokens are right with this probability, each independently, and a machine to run it on."""
+def made_load(context: Context, rate: float, batch: int, policies: Sequence[str]) -> Load:
+    """Policies on a trace whose draft tokens are right with this probability, each independently of the others."""
     outputs, tables = context.traces
     table = CostTable.load(tables[-1], "--traces")
+    table = replace(table, draft={"made": DraftCost(per_depth=_DRAFT_SHARE * (table.seconds[0] + table.per_step))})
     random = np.random.default_rng(round(1000 * rate))
-    trace = [
-        replace(item, right={"made": _right(random, rate, len(item.output))})
-        for item in read_trace(outputs[0], limit=40)
-    ]
-    cost = DraftCost(per_depth=_DRAFT_SHARE * (table.seconds[0] + table.per_step))
-    return trace, replace(table, draft={"made": cost})
+    recorded = read_trace(outputs[0], limit=40)
+    trace = [replace(item, right={"made": _right(random, rate, len(item.output))}) for item in recorded]
+    drafter = RECORDED + "made"
+    replay = Replay(trace, {drafter: Script(trace, drafter)}, table)
+    load = Load(f"drafts right at {rate}/{batch}", {})
+    for policy in policies:
+        context.say(f"Replaying {load.name}: {policy}")
+        tokens = max(context.few(3000, 1000), 60 * batch)
+        load.outcomes[policy] = replay.run(Setting(policy, drafter, batch, tokens=tokens, most=MOST))
+    return load
 
 
 def _right(random: np.random.Generator, rate: float, count: int) -> IntArray:

@@ -31,7 +31,7 @@ def _measure(context: Context) -> tuple[list[spec.Measured], list[spec.Row]]:
     specs = [spec.BASELINE, *DRAFTERS]
     engines = {text: context.llm(text) for text in specs}
     questions = context.questions[: 7 * context.few(2, 1)]
-    params = SamplingParams(temperature=0.0, max_tokens=context.few(48, 16), seed=0)
+    params = SamplingParams(temperature=0.0, max_tokens=context.few(32, 16), seed=0)
     measured = []
     for item in spec.measure(engines, questions, params):
         measured.append(item)

@@ -85,8 +85,8 @@ def _variants(context: Context) -> Iterator[Row]:
     )
 
 
-_WARM_UP, _MEASURED = 6, 10
-_TOKENS = (48, 16)
+_WARM_UP, _MEASURED = 7, 8
+_TOKENS = (32, 16)
 
 
 def _measure(
