@@ -63,7 +63,8 @@ def greedy_identity(context: Context, llm: LLM, test: str = "E0: greedy output e
     context.say(test)
     found = count(llm, prompts, SamplingParams(temperature=0.0, max_tokens=tokens), one_by_one=False)
     same = sum(a == b for a, b in zip(found.outputs, plain, strict=True))
-    note = f"prompts of {len(prompts)}, up to {tokens} tokens, fp32, one batch; accepted length {found.mean_accepted_length:.2f}"
+    accepted = found.mean_accepted_length
+    note = f"prompts of {len(prompts)}, up to {tokens} tokens, fp32, one batch; accepted length {accepted:.2f}"
     return exactly(test, same, len(prompts), note), found
 
 
