@@ -6,6 +6,7 @@ The draft is the target without a few of its layers; every claim here holds for 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
