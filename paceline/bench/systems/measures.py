@@ -91,6 +91,14 @@ def law_p_value(counts: FloatArray, law: FloatArray) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
+def combined_p_value(values: Sequence[float]) -> float:
+    """Of independent tests together, by Fisher's method: -2 sum log p is a chi-square with two degrees for each."""
+    if min(values) == 0.0:
+        return 0.0
+    half = -float(np.log(values).sum())
+    return float(torch.special.gammaincc(torch.tensor(float(len(values))).double(), torch.tensor(half).double()))
+
+
 def with_rule(llm: LLM, rule: AcceptanceRule) -> LLM:
     """The engine with another rule: one that watches, or one that is broken on purpose."""
     llm.engine.stages = replace(llm.engine.stages, rule=rule)

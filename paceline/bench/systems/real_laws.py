@@ -27,6 +27,8 @@ TOP = 8
 LENGTH = 2
 """Tokens whose joint law is compared."""
 _PREFIXES_PER_QUESTION = 5
+_CONTEXTS = (50, 10)
+"""Full and quick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,18 @@ def prefixes(context: Context, count: int) -> list[list[int]]:
     return found[:count]
 
 
+def hardest(context: Context, count: int) -> list[list[int]]:
+    """The contexts at which target and draft agree least: there a wrong rule shows with few runs."""
+    both = [[law(()).probabilities(at.vocab) for law in (at.p, at.q)] for at in real_laws(context)]
+    agree = [np.minimum(p, q).sum() for p, q in both]
+    order = np.argsort(agree, kind="stable")[:count]
+    wanted = prefixes(context, context.few(*_CONTEXTS))
+    return [wanted[i] for i in order]
+
+
 def _measure(context: Context) -> list[RealLaws]:
     found = []
-    wanted = prefixes(context, context.few(50, 10))
+    wanted = prefixes(context, context.few(*_CONTEXTS))
     for done, prefix in enumerate(wanted):
         context.say(f"Laws of the real model ({done + 1} of {len(wanted)} contexts)")
         found.append(_at(context.llm(), context.draft_llm, prefix))
