@@ -107,7 +107,7 @@ def _row_p_values(context: Context, rule: AcceptanceRule, runs: int) -> tuple[li
     """The p-value of every row; and how many draft tokens were accepted."""
     prompts = hardest(context, _ROWS)
     llm = with_rule(draft_engine(context, max_num_seqs=_ROWS), rule)
-    common: dict[str, Any] = {"temperature": 1.0, "top_k": _TOP, "max_tokens": 2, "ignore_eos": True}
+    common: dict[str, Any] = {"temperature": 1.0, "top_k": _TOP, "max_tokens": 3, "ignore_eos": True}
     pairs: list[list[tuple[int, int]]] = [[] for _ in prompts]
     accepted = 0
     for seed in range(runs):

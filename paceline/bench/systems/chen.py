@@ -42,6 +42,8 @@ _LEVEL = 1e-3
 """A chi-square below it rejects; one run in a thousand does so by chance."""
 _NEARLY_ONE = 1.0 - 1e-3
 _SAMPLES = 128
+_TOGETHER = 8
+"""Runs at once: more would not all get a draft in their first step, and nothing of the rule would be seen."""
 
 
 def draft_engine(context: Context, rule: str = "rejection", **options: object) -> LLM:
@@ -81,7 +83,7 @@ def _loop(context: Context) -> Iterator[Row]:
 
 def _loop_p_value(context: Context, rule: AcceptanceRule, runs: int) -> float:
     (prompt,) = hardest(context, 1)
-    llm = with_rule(draft_engine(context), rule)
+    llm = with_rule(draft_engine(context, max_num_seqs=_TOGETHER), rule)
     try:
         pairs = _pairs(context, llm, prompt, runs)
     finally:
@@ -96,7 +98,7 @@ def _pairs(context: Context, llm: LLM, prompt: Sequence[int], runs: int) -> list
         params = SamplingParams(
             temperature=1.0,
             top_k=_LOOP_TOP,
-            max_tokens=2,
+            max_tokens=3,
             ignore_eos=True,
             n=min(_SAMPLES, runs - len(found)),
             seed=seed,
