@@ -34,7 +34,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
     "draft": DrafterEntry(
         "paceline.draft.model_drafter:ModelDrafter",
         8,
-        {"model": str},
+        {"model": str, "vocab": str},
         ("runner", "blocks", "vocab_size", "coupled", "shape", "stop_ids", "max_model_len"),
     ),
 }

@@ -26,6 +26,7 @@ from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
 from paceline.errors import ConfigError, SpeculationSpecError
 from paceline.model.draft_weights import is_draft, load_draft
+from paceline.model.head_subset import cut_head, read_ranking
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
@@ -206,6 +207,8 @@ def _drafters(
         }
         if "runner" in drafters.entry(wanted.name).needs:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)
+            if "vocab" in options:
+                cut_head(draft, read_ranking(options.pop("vocab"), draft).tolist())
             longest = min(draft.max_model_len, loaded.max_model_len)
             supplies["runner"], supplies["blocks"], supplies["max_model_len"] = _runner(config, draft, longest, False)
         made[wanted.name] = drafters.create(wanted.name, options, supplies)
