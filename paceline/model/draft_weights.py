@@ -57,6 +57,12 @@ def is_draft(name: str) -> bool:
     return name == BUILTIN or (Path(name).expanduser() / MANIFEST).is_file()
 
 
+def ships(target: LoadedModel) -> bool:
+    """Whether a draft of this target ships with Paceline."""
+    own = public_name(target)
+    return own in BUILTIN_MODELS and (_SHIPPED / own / MANIFEST).is_file()
+
+
 def load_draft(name: str, target: LoadedModel) -> LoadedModel:
     """Load a draft on top of a loaded target.
 
@@ -159,13 +165,11 @@ def _resolve(name: str, target: LoadedModel) -> Path:
 
 
 def _shipped(target: LoadedModel) -> Path:
-    own = public_name(target)
-    folder = _SHIPPED / own
-    if own in BUILTIN_MODELS and (folder / MANIFEST).is_file():
-        return folder
-    ships = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{MANIFEST}"))
+    if ships(target):
+        return _SHIPPED / public_name(target)
+    there = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{MANIFEST}"))
     raise ModelNotFoundError(
-        f"no built-in draft ships for {target.name} (there is one for: {', '.join(ships) or 'none'}).",
+        f"no built-in draft ships for {target.name} (there is one for: {', '.join(there) or 'none'}).",
         field=BUILTIN,
         fix=f"Make one with `paceline train draft {target.name} --out RUN` and give RUN/draft.",
     )

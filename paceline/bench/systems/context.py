@@ -18,6 +18,7 @@ from paceline.bench.systems.drafts import save_without_middle
 from paceline.config import SamplingParams
 from paceline.errors import InputError, RequestError
 from paceline.llm import LLM
+from paceline.model.draft_weights import BUILTIN, load_draft, ships
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Generation
 
@@ -132,7 +133,10 @@ class Context:
 
     @cached_property
     def draft_model(self) -> str:
-        """A draft model of the target: the target without a few of its layers, which costs about as much as it does."""
+        """A draft model of the target: the trained one where one ships; else the target without a few of its layers,
+        which costs about as much as it does."""
+        if ships(self.loaded):
+            return BUILTIN
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-draft-")
         self.say("Making a draft model by dropping layers")
         return str(save_without_middle(self.loaded, Path(self._folder.name)))
@@ -140,7 +144,9 @@ class Context:
     @cached_property
     def draft_llm(self) -> LLM:
         """The draft model as a model of its own, for its laws."""
-        return LLM(load_model(self.draft_model, dtype="float32"), speculation="none", **self._settings({}))
+        trained = self.draft_model == BUILTIN
+        loaded = load_draft(BUILTIN, self.loaded) if trained else load_model(self.draft_model, dtype="float32")
+        return LLM(loaded, speculation="none", **self._settings({}))
 
     def draft(self, options: str) -> str:
         """A speculation setting with the draft model: `context.draft("k=4")`."""

@@ -78,7 +78,7 @@ SYSTEMS: tuple[System, ...] = (
     System(61, "cot-valve", "CoT-Valve: Length-Compressible Chain-of-Thought Tuning", "2502.09601", "length control"),
     System(62, "spec-bench", "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey of Speculative Decoding", "2401.07851", "speculation", "paceline.bench.systems.spec_bench:run"),
     System(63, "glide-cape", "GliDe with a CaPE: A Low-Hassle Method to Accelerate Speculative Decoding", "2402.02082", "speculation"),
-    System(64, "fr-spec", "FR-Spec: Accelerating Large-Vocabulary Language Models via Frequency-Ranked Speculative Sampling", "2502.14856", "speculation"),
+    System(64, "fr-spec", "FR-Spec: Accelerating Large-Vocabulary Language Models via Frequency-Ranked Speculative Sampling", "2502.14856", "speculation", "paceline.bench.systems.fr_spec:run"),
 )
 # fmt: on
 
