@@ -27,7 +27,7 @@ SYSTEMS: tuple[System, ...] = (
     System(10, "rsd", "Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement", "2402.14160", "speculation"),
     System(11, "magicdec", "MagicDec: Breaking the Latency-Throughput Tradeoff for Long Context Generation with Speculative Decoding", "2408.11049", "speculation"),
     System(12, "pearl", "Parallel Speculative Decoding with Adaptive Draft Length", "2408.11850", "speculation"),
-    System(13, "decoding-sd", "Decoding Speculative Decoding", "2402.01528", "speculation"),
+    System(13, "decoding-sd", "Decoding Speculative Decoding", "2402.01528", "speculation", "paceline.bench.systems.decoding_sd:run"),
     System(14, "length-correlations", "A Long Way to Go: Investigating Length Correlations in RLHF", "2310.03716", "length bias"),
     System(15, "ems-sd", "EMS-SD: Efficient Multi-sample Speculative Decoding for Accelerating Large Language Models", "2405.07542", "speculation", "paceline.bench.systems.ems_sd:run"),
     System(16, "skippredict", "SkipPredict: When to Invest in Predictions for Scheduling", "2402.03564", "scheduling"),
