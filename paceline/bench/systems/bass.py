@@ -15,7 +15,7 @@ from paceline.bench.systems.base import Row, at_least, at_most, exactly, suite
 from paceline.bench.systems.chen import draft_engine
 from paceline.bench.systems.context import Context
 from paceline.bench.systems.measures import NoResidual, combined_p_value, with_rule
-from paceline.bench.systems.real_laws import hardest, pairs_p_value
+from paceline.bench.systems.real_laws import pairs_p_value, telling
 from paceline.bench.systems.replays import loads
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
 from paceline.config import SamplingParams
@@ -94,7 +94,7 @@ def _rows(context: Context) -> Iterator[Row]:
     runs = context.few(96, 48)
     values, accepted = _row_p_values(context, RejectionRule(), runs)
     note = (
-        f"{_ROWS} rows where the draft agrees least, {runs} runs each, T=1, top-k {_TOP}; smallest {min(values):.3g}; "
+        f"{_ROWS} rows where a wrong rule shows most, {runs} runs each, T=1, top-k {_TOP}; smallest {min(values):.3g}; "
     )
     note += f"{accepted} draft tokens accepted"
     yield at_least("E2 of the rows of a batch of 8: p-value by Fisher", combined_p_value(values), 1e-3, note)
@@ -105,7 +105,7 @@ def _rows(context: Context) -> Iterator[Row]:
 
 def _row_p_values(context: Context, rule: AcceptanceRule, runs: int) -> tuple[list[float], int]:
     """The p-value of every row; and how many draft tokens were accepted."""
-    prompts = hardest(context, _ROWS)
+    prompts = telling(context, _ROWS)
     llm = with_rule(draft_engine(context, max_num_seqs=_ROWS), rule)
     common: dict[str, Any] = {"temperature": 1.0, "top_k": _TOP, "max_tokens": 3, "ignore_eos": True}
     pairs: list[list[tuple[int, int]]] = [[] for _ in prompts]

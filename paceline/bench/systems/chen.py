@@ -21,7 +21,7 @@ from paceline.bench.systems.measures import (
     with_drafter,
     with_rule,
 )
-from paceline.bench.systems.real_laws import hardest, law_error, pairs_p_value, uniform_law
+from paceline.bench.systems.real_laws import law_error, pairs_p_value, telling, uniform_law
 from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
 from paceline.engine.request import Request
@@ -75,14 +75,14 @@ def _about_laws(places: int) -> str:
 def _loop(context: Context) -> Iterator[Row]:
     """E2: first two tokens of many runs against their exact joint law."""
     runs = context.few(768, 256)
-    note = f"{runs} runs (the catalogue: 20,000), T=1, top-k {_LOOP_TOP}, two tokens where the draft agrees least"
+    note = f"{runs} runs (the catalogue: 20,000), T=1, top-k {_LOOP_TOP}, two tokens where a wrong rule shows most"
     yield at_least("E2: p-value of the loop", _loop_p_value(context, RejectionRule(), runs), _LEVEL, note)
     broken = _loop_p_value(context, NoResidual(), 256)
     yield at_most("E2 control: no residual is caught", broken, _LEVEL, "256 runs under a rule broken on purpose")
 
 
 def _loop_p_value(context: Context, rule: AcceptanceRule, runs: int) -> float:
-    (prompt,) = hardest(context, 1)
+    (prompt,) = telling(context, 1)
     llm = with_rule(draft_engine(context, max_num_seqs=_TOGETHER), rule)
     try:
         pairs = _pairs(context, llm, prompt, runs)

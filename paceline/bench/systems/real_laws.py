@@ -27,8 +27,9 @@ TOP = 8
 LENGTH = 2
 """Tokens whose joint law is compared."""
 _PREFIXES_PER_QUESTION = 5
-_SHORT = 60
-"""A draft model reads 512 prompt tokens in a step; eight rows of this length all draft in their first step."""
+LONGEST = 60
+"""Tokens of a context, its last ones. A draft model reads 512 prompt tokens in a step, so eight requests of this length
+all draft in their first step."""
 _CONTEXTS = (50, 10)
 """Full and quick."""
 
@@ -83,24 +84,34 @@ def next_rows(llm: LLM, prefix: Sequence[int], tokens: Sequence[int] = ()) -> ND
 
 
 def prefixes(context: Context, count: int) -> list[list[int]]:
-    """Contexts of different length: a conversation and the beginning of the target's own answer to it."""
+    """Contexts: the end of a conversation and the beginning of the target's own answer to it."""
     questions = -(-count // _PREFIXES_PER_QUESTION)
     prompts = context.prompts(questions)
     outputs = context.greedy(prompts, context.few(64, 24))
     found = []
     for prompt, output in zip(prompts, outputs, strict=True):
         cuts = np.linspace(0, max(len(output) - 1, 0), _PREFIXES_PER_QUESTION).astype(int)
-        found += [[*prompt, *output[:cut]] for cut in cuts.tolist()]
+        found += [[*prompt, *output[:cut]][-LONGEST:] for cut in cuts.tolist()]
     return found[:count]
 
 
-def hardest(context: Context, count: int) -> list[list[int]]:
-    """The contexts at which target and draft agree least: there a wrong rule shows with few runs. Short ones first."""
+def telling(context: Context, count: int) -> list[list[int]]:
+    """The contexts at which a rule without the residual shows with fewest runs.
+
+    It gives min(p, q) + (1 - sum min(p, q)) p instead of p, so contexts where target and draft agree fully, or not at
+    all, tell nothing. What counts is the chi-square that one run adds on average.
+    """
     both = [[law(()).probabilities(at.vocab) for law in (at.p, at.q)] for at in real_laws(context)]
-    agree = [float(np.minimum(p, q).sum()) for p, q in both]
+    shows = [_shows(p, q) for p, q in both]
     wanted = prefixes(context, context.few(*_CONTEXTS))
-    order = sorted(range(len(wanted)), key=lambda i: (len(wanted[i]) > _SHORT, agree[i]))
+    order = sorted(range(len(wanted)), key=lambda i: -shows[i])
     return [wanted[i] for i in order[:count]]
+
+
+def _shows(p: FloatArray, q: FloatArray) -> float:
+    kept = np.minimum(p, q)
+    off = kept - kept.sum() * p
+    return float((off[p > 0] ** 2 / p[p > 0]).sum())
 
 
 def _measure(context: Context) -> list[RealLaws]:
