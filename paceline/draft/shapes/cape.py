@@ -24,6 +24,7 @@ class CapeShape:
     origin = Origin.CHOSEN
     prior = PRIOR
     width = 4.0
+    by_rank = False
 
     def __init__(self, origin: Origin) -> None:
         """`origin` is ignored: the tokens are chosen."""
