@@ -40,7 +40,7 @@ class _Cape:
         self._levels = depth
 
     def grow(self, scored: Sequence[Scored], next_node: int) -> Sequence[Child]:  # noqa: ARG002
-        """The next node of the path, and its siblings, so that the path keeps the budget that it needs."""
+        """The next node of the path and its siblings, as far as the budget goes."""
         (parent,) = scored
         self._levels -= 1
         count = min(num_candidates(parent.confidence), self._left)
