@@ -9,13 +9,13 @@ the last child the recovered token is drawn from r; a node without children give
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Noise, Stream
-from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
 from paceline.verify.base import ROOT, LawSource
 from paceline.verify.rejection import accepts, log_law, point_mass, residual
@@ -46,7 +46,8 @@ def walk_tree(tree: DraftTree, law: LawSource, noise: Noise, position: int, voca
             left = residual(left, draft)
             q = None if q is None else next_law(q, tree.tokens[kids[: number + 1]].tolist())
         else:
-            recovered = Law(log_law(left)).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
+            rest = replace(target, logits=log_law(left), ids=None)  # a law of the target's kind
+            recovered = rest.draw(noise.words(here, Stream.RESIDUAL, vocab_size))
             return Walk(tuple(path), (*tokens, recovered))
         path.append(node)
         tokens.append(int(tree.tokens[node]))

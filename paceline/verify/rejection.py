@@ -8,12 +8,13 @@ the target's draw. Each position reads its own noise: one uniform to accept, one
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise, Stream
-from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
 from paceline.verify.base import ROOT, LawSource
 from paceline.verify.claims import check_claims
@@ -31,14 +32,16 @@ class RejectionRule:
         check_claims(self.name, tree, self.branches)
         tokens: list[int] = []
         for node in range(len(tree)):
-            p = law(node - 1 if node else ROOT, tokens).probabilities(vocab_size)
+            target = law(node - 1 if node else ROOT, tokens)
+            p = target.probabilities(vocab_size)
             x = int(tree.tokens[node])
             q = tree.laws[node].probabilities(vocab_size) if tree.laws else point_mass(x, vocab_size)
             here = position + node
             if accepts(p[x], q[x], noise.uniform(here, Stream.ACCEPT)):
                 tokens.append(x)
                 continue
-            recovered = Law(log_law(residual(p, q))).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
+            rest = replace(target, logits=log_law(residual(p, q)), ids=None)  # a law of the target's kind
+            recovered = rest.draw(noise.words(here, Stream.RESIDUAL, vocab_size))
             return Walk(tuple(range(node)), (*tokens, recovered))
         bonus = law(len(tree) - 1, tokens).draw(noise.words(position + len(tree), Stream.TARGET, vocab_size))
         return Walk(tuple(range(len(tree))), (*tokens, bonus))
