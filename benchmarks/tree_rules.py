@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ from paceline import LLM, SamplingParams
 from paceline.arrays import FloatArray
 from paceline.bench.host import host_info
 from paceline.bench.spec import builtin_questions, parse_questions
-from paceline.bench.tree_rounds import RankCounts, Round, TreeRounds, Trial, bootstrap
+from paceline.bench.tree_rounds import Round, TreeRounds, Trial, Walkers, bootstrap, learn_ranks
 from paceline.engine.positional import best_trees, positional
-from paceline.engine.request import Request
 from paceline.model.loader import load_model
 
 NODES, DEPTH = 30, 12
@@ -98,6 +97,13 @@ def save_without(model: str, skip: str, folder: str) -> str:
     return folder
 
 
+def prompts(llm: LLM) -> list[list[int]]:
+    """The questions that come with Paceline, as conversations."""
+    lines = builtin_questions().read_text(encoding="utf-8").splitlines()
+    questions = parse_questions((i, json.loads(line)) for i, line in enumerate(lines, start=1))
+    return [llm.chat_prompt([{"role": "user", "content": question.turns[0]}]) for question in questions]
+
+
 def trials() -> list[Trial]:
     """All that is tried at every context."""
     found = [
@@ -113,8 +119,10 @@ def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespac
     rounds = TreeRounds(target, draft)
     params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
     seeds = itertools.count(round(temperature * 1000) << 32)
-    vectors = learn_ranks(rounds, Walkers(target, rounds, params, args.together, 1), seeds, args.learn)
-    walkers = Walkers(target, rounds, params, args.together, 0)
+    questions = prompts(target)
+    learners = Walkers(rounds, questions[1::2], params, args.together)
+    vectors = learn_ranks(rounds, learners, RULES, Trial("sequoia", "", max(BUDGETS), DEPTH), seeds, args.learn)
+    walkers = Walkers(rounds, questions[::2], params, args.together)
     found: dict[Trial, list[Round]] = {trial: [] for trial in trials()}
     for done in range(0, args.contexts, args.together):
         for trial, made in found.items():
@@ -123,58 +131,6 @@ def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespac
         walkers.move_on(found[trials()[1]][-args.together :])
         print(f"temperature {temperature}: {done + args.together} contexts", flush=True)
     return summary(temperature, vectors, found)
-
-
-class Walkers:
-    """Requests that walk along their answers, each to another question when one has become long.
-
-    Args:
-        llm: has the tokenizer.
-        rounds: moves them.
-        params: of the requests.
-        count: how many.
-        offset: 0 or 1: takes every second question from it on.
-    """
-
-    def __init__(self, llm: LLM, rounds: TreeRounds, params: SamplingParams, count: int, offset: int) -> None:
-        lines = builtin_questions().read_text(encoding="utf-8").splitlines()
-        questions = list(parse_questions((i, json.loads(line)) for i, line in enumerate(lines, start=1)))[offset::2]
-        self._prompts = itertools.cycle([llm.chat_prompt([{"role": "user", "content": q.turns[0]}]) for q in questions])
-        self._rounds, self._params = rounds, params
-        self.requests = [self._next() for _ in range(count)]
-
-    def _next(self) -> Request:
-        prompt = list(next(self._prompts))
-        return Request(id="", token_ids=prompt, prompt_len=len(prompt), params=self._params, seed=0)
-
-    def move_on(self, made: Sequence[Round]) -> None:
-        """Take the tokens that these rounds committed."""
-        self._rounds.move_on(self.requests, made)
-        for i, request in enumerate(self.requests):
-            if request.num_output >= _ANSWER:
-                self._rounds.forget([request])
-                self.requests[i] = self._next()
-
-    def close(self) -> None:
-        """Give all blocks back."""
-        self._rounds.forget(self.requests)
-
-
-def learn_ranks(rounds: TreeRounds, walkers: Walkers, seeds: Iterator[int], contexts: int) -> dict[str, FloatArray]:
-    """Positional vectors by rule, learned as an engine would: by the labels of Sequoia's own trees, planned anew."""
-    together = len(walkers.requests)
-    counts = {}
-    for done in range(0, contexts, together):
-        for rule in RULES:
-            trial = Trial("sequoia", rule, max(BUDGETS), DEPTH)
-            known = counts.setdefault(rule, RankCounts(rounds.drafter(trial).prior))
-            made = rounds.run(walkers.requests, trial, list(itertools.islice(seeds, together)), known.estimates)
-            for one in made:
-                known.add(one.labels)
-        walkers.move_on(made)
-        print(f"learning: {done + together} contexts", flush=True)
-    walkers.close()
-    return {rule: known.estimates for rule, known in counts.items()}
 
 
 def summary(

@@ -8,8 +8,9 @@ or accepted. A context then moves on by the tokens that one of the rounds commit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,6 +228,65 @@ class RankCounts:
     def estimates(self) -> FloatArray:
         """By rank.  # [ranks]"""
         return np.asarray((self._weight * self._prior + self.accepted) / (self._weight + self.tried))
+
+
+class Walkers:
+    """Requests that walk along the target's answers, each to the next question when its answer has become long.
+
+    Args:
+        rounds: moves them.
+        prompts: of the questions; after the last comes the first.
+        params: of the requests; `max_tokens` is a long answer.
+        count: how many.
+    """
+
+    def __init__(
+        self, rounds: TreeRounds, prompts: Sequence[Sequence[int]], params: SamplingParams, count: int
+    ) -> None:
+        self._prompts = itertools.cycle(prompts)
+        self._rounds, self._params = rounds, params
+        self.requests = [self._next() for _ in range(count)]
+
+    def _next(self) -> Request:
+        prompt = list(next(self._prompts))
+        return Request(id="", token_ids=prompt, prompt_len=len(prompt), params=self._params, seed=0)
+
+    def move_on(self, made: Sequence[Round]) -> None:
+        """Take the tokens that these rounds committed."""
+        self._rounds.move_on(self.requests, made)
+        for i, request in enumerate(self.requests):
+            if request.num_output >= self._params.max_tokens:
+                self._rounds.forget([request])
+                self.requests[i] = self._next()
+
+    def close(self) -> None:
+        """Give all blocks back."""
+        self._rounds.forget(self.requests)
+
+
+def learn_ranks(
+    rounds: TreeRounds, walkers: Walkers, rules: Sequence[str], trial: Trial, seeds: Iterator[int], contexts: int
+) -> dict[str, FloatArray]:
+    """Positional vectors by rule, learned as an engine would: by the labels of Sequoia's own trees, planned anew.
+
+    Args:
+        rounds: makes them.
+        walkers: at whose contexts; they are closed in the end.
+        rules: under which.
+        trial: the tree; its rule does not matter.
+        seeds: of the noise.
+        contexts: how many.
+    """
+    known = {rule: RankCounts(rounds.drafter(replace(trial, rule=rule)).prior) for rule in rules}
+    for _ in range(0, contexts, len(walkers.requests)):
+        for rule, counts in known.items():
+            mine = list(itertools.islice(seeds, len(walkers.requests)))
+            made = rounds.run(walkers.requests, replace(trial, rule=rule), mine, counts.estimates)
+            for one in made:
+                counts.add(one.labels)
+        walkers.move_on(made)
+    walkers.close()
+    return {rule: counts.estimates for rule, counts in known.items()}
 
 
 def bootstrap(

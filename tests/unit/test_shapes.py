@@ -11,7 +11,7 @@ import pytest
 from shape_tools import paths_of, propose, random_rows, request_of, siblings_of, tree_drafter
 
 from paceline.draft.base import Proposal
-from paceline.draft.shapes.cape import num_candidates
+from paceline.draft.shapes.cape import CapeShape
 from paceline.draft.shapes.registry import SHAPES
 from paceline.draft.shapes.sequoia import PRIOR
 from paceline.draft.shapes.stochastic_beam import conditioned
@@ -271,7 +271,15 @@ def test_sequoia_grows_the_planned_tree(rule: str) -> None:
 
 
 def test_cape_widens_where_the_draft_is_unsure() -> None:
-    assert [num_candidates(c) for c in (0.1, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)] == [8, 6, 6, 4, 4, 2, 2]
+    assert [CapeShape(Origin.CHOSEN).candidates(c) for c in (0.1, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)] == [
+        8,
+        6,
+        6,
+        4,
+        4,
+        2,
+        2,
+    ]
     for peak, count in ((0.1, 8), (2.2, 6), (3.5, 4), (6.0, 2)):  # largest probability 0.09, 0.45, 0.75, 0.97
         row = np.zeros(VOCAB, dtype=np.float32)
         row[5] = peak
