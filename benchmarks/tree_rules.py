@@ -20,7 +20,7 @@ import argparse
 import itertools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ RULES = ("coupled", "recursive", "multi")
 GROWING = ("k-ary:k=2", "k-ary:k=3", "sequoia")
 _CHAIN = f"chain recursive {NODES}"
 """Beside every budget: no round accepts as many tokens as it has."""
-_KV_BYTES = 1 << 30
+_KV_BYTES = 768 << 20
 _MAX_MODEL_LEN = 2048
 _ANSWER = 256
 """Tokens of an answer after which the next question is taken."""
@@ -61,13 +61,14 @@ def main() -> None:
     host = host_info(loaded.dtype, torch.device("cpu"))
     about = args.draft or f"{args.model} without layers {args.skip}"
     print(f"{host}\ntarget {args.model}, draft {about}, {args.contexts} contexts\n")
-    results = []
+    results: dict[str, Any] = {}
     for temperature in args.temperatures.split(","):
-        results.append(measure(target, drafting, float(temperature), args))
-        show(results[-1])
-        if args.json:
-            found = {"host": host, "target": args.model, "draft": about, "results": results}
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        for result in measure(target, drafting, float(temperature), args):
+            results[temperature] = result
+            if args.json:  # after every few contexts, so that a run may be ended at any time
+                found = {"host": host, "target": args.model, "draft": about, "results": list(results.values())}
+                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+        show(results[temperature])
 
 
 def _arguments() -> argparse.Namespace:
@@ -114,8 +115,8 @@ def trials() -> list[Trial]:
     return found + [Trial(tree, "recursive", nodes, DEPTH) for nodes in BUDGETS for tree in GROWING]
 
 
-def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespace) -> dict[str, Any]:
-    """All trials at one temperature."""
+def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All trials at one temperature; what is known so far after every few contexts."""
     rounds = TreeRounds(target, draft)
     params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
     seeds = itertools.count(round(temperature * 1000) << 32)
@@ -130,7 +131,7 @@ def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespac
             made += rounds.run(walkers.requests, trial, list(itertools.islice(seeds, args.together)), vector)
         walkers.move_on(found[trials()[1]][-args.together :])
         print(f"temperature {temperature}: {done + args.together} contexts", flush=True)
-    return summary(temperature, vectors, found)
+        yield summary(temperature, vectors, found)
 
 
 def summary(

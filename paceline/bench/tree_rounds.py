@@ -20,6 +20,7 @@ from paceline.config import SamplingParams
 from paceline.draft.base import DraftContext
 from paceline.draft.draft_model import DraftModel, Scratch, Wanted
 from paceline.draft.model_drafter import ModelDrafter
+from paceline.draft.shapes.base import TreeShape
 from paceline.draft.shapes.registry import create_shape, parse_tree
 from paceline.draft.tree import build
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree, Origin
@@ -32,8 +33,9 @@ from paceline.llm import LLM
 from paceline.verify.registry import create_rule
 
 _ROOM = 512
-"""Rows kept at one context; when they are used up, the context begins anew."""
-_MARGIN = 128
+"""Rows kept at one context, or half of what the model has room for; used up, the context begins anew."""
+_MARGIN = 32
+"""More than a walk accepts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Round:
     """What came of it."""
 
     tree: DraftTree
+    """Without its laws, which would fill the memory."""
     walk: Walk
     labels: NodeLabels
 
@@ -72,13 +75,14 @@ class KeptModel(DraftModel):
             max_model_len=llm.engine.max_model_len,
             max_tokens=1 << 30,
         )
+        self._room = min(_ROOM, llm.engine.max_model_len // 2)
         self._kept: dict[Request, tuple[int, Scratch]] = {}
 
     def open(self, request: Request, nodes: int) -> Scratch | None:
         """The rows there are."""
         length, scratch = self._kept.get(request, (0, None))
-        if scratch is None or length != len(request.token_ids) or len(scratch.tokens) + nodes > _ROOM:
-            scratch = super().open(request, _ROOM)
+        if scratch is None or length != len(request.token_ids) or len(scratch.tokens) + nodes > self._room:
+            scratch = super().open(request, self._room)
             if scratch is None:
                 raise MemoryError("no room for a context; make max_model_len and kv_cache_memory larger")
             self._kept[request] = len(request.token_ids), scratch
@@ -117,17 +121,21 @@ class TreeRounds:
         """Who drafts for a trial."""
         key = trial.tree, trial.rule
         if key not in self._drafters:
-            rule = create_rule(trial.rule)
-            made = ModelDrafter(
-                self._draft.runner,
-                self._draft.blocks,
-                vocab_size=self._vocab_size,
-                coupled=rule.shares_noise,
-                shape=create_shape(parse_tree(trial.tree), rule.branches or Origin.DISTINCT),
-            )
-            made.model = self._draft
-            self._drafters[key] = made
+            origin = create_rule(trial.rule).branches or Origin.DISTINCT
+            self.use(trial, create_shape(parse_tree(trial.tree), origin))
         return self._drafters[key]
+
+    def use(self, trial: Trial, shape: TreeShape) -> None:
+        """Grow the trees of a trial by this shape."""
+        made = ModelDrafter(
+            self._draft.runner,
+            self._draft.blocks,
+            vocab_size=self._vocab_size,
+            coupled=create_rule(trial.rule).shares_noise,
+            shape=shape,
+        )
+        made.model = self._draft
+        self._drafters[trial.tree, trial.rule] = made
 
     def run(
         self, requests: Sequence[Request], trial: Trial, seeds: Sequence[int], acceptance: FloatArray | None = None
@@ -149,7 +157,7 @@ class TreeRounds:
         walks = self._walks(requests, trees, trial)
         table = {"draft": expected[None]}
         return [
-            Round(tree, walk, node_labels([(0, tree, walk.tokens)], table))
+            Round(replace(tree, laws=None), walk, node_labels([(0, tree, walk.tokens)], table))
             for tree, walk in zip(trees, walks, strict=True)
         ]
 

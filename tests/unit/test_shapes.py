@@ -271,7 +271,8 @@ def test_sequoia_grows_the_planned_tree(rule: str) -> None:
 
 
 def test_cape_widens_where_the_draft_is_unsure() -> None:
-    assert [CapeShape(Origin.CHOSEN).candidates(c) for c in (0.1, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)] == [
+    widths = CapeShape(Origin.CHOSEN).candidates
+    assert [widths(c) for c in (0.1, 0.3, 0.59, 0.6, 0.79, 0.8, 1.0)] == [
         8,
         6,
         6,
