@@ -121,12 +121,13 @@ def _robust(context: Context) -> Iterator[Row]:
 
 def _machine(context: Context) -> Iterator[Row]:
     """The size follows the machine: where slots are dear, trees are smaller."""
-    table = best_trees(
-        positional(ranks_of(context, ("recursive",), _TEMPERATURE, SIZES[-1], DEPTH)["recursive"]), 64, DEPTH
-    )
-    draft = 0.05 * np.arange(len(table.gain))
+    table = best_trees(_vector(context), SIZES[-1], DEPTH)
+    draft: FloatArray = np.asarray(0.05 * np.arange(len(table.gain)), dtype=np.float64)
     slots = np.linspace(0.0, 1.0, SIZES[-1] + 1)
-    sizes = [best_size(table.gain, (1.0 + price * slots).astype(np.float64), draft).nodes for price in (0.03, 0.3, 3.0)]
+    sizes = [
+        best_size(table.gain, np.asarray(1.0 + price * slots, dtype=np.float64), draft).nodes
+        for price in (0.03, 0.3, 3.0)
+    ]
     note = f"{sizes} nodes where {SIZES[-1]} lengthen a step by 3%, 30% and 300%"
     yield at_least(
         "nodes where slots are cheap over nodes where they are dear", sizes[0] / max(sizes[-1], 1), 2.0, note
