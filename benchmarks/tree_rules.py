@@ -78,7 +78,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip", default="12-14", help="layers that the draft lacks, without --draft")
     parser.add_argument("--contexts", type=int, default=256, help="per temperature")
     parser.add_argument("--learn", type=int, default=96, help="contexts at which Sequoia's vectors are learned")
-    parser.add_argument("--together", type=int, default=32, help="contexts of one forward")
+    parser.add_argument("--together", type=int, default=16, help="contexts of one forward; 32 take 6 GB")
     parser.add_argument("--temperatures", default="1,0.6")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", help="write the result here")
