@@ -69,19 +69,23 @@ def node_labels(
 
 
 def _tree_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[tuple[str, int, int, bool]]:
-    """Drafter, key, depth and outcome of every labelled node."""
+    """Drafter, key, depth and outcome of every labelled node.
+
+    Siblings drawn independently may repeat a token: only the first of them is ever accepted.
+    """
     if not len(tree):
         return
     on_path = {-1: 0}  # node -> number of committed tokens up to it
+    deepest = 0
     labelled: dict[int, tuple[int, bool]] = {}
     rows = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.key.tolist(), strict=True)
     for node, (token, parent, key) in enumerate(rows):
         depth = on_path.get(parent)
         if depth is None or depth >= len(committed):
             continue
-        hit = token == committed[depth]
+        hit = token == committed[depth] and depth == deepest
         if hit:
-            on_path[node] = depth + 1
+            on_path[node] = deepest = depth + 1
         labelled[node] = (depth + 1, hit)
         yield tree.drafter[node], key, depth + 1, hit
     for node, name, key in tree.shared:

@@ -22,6 +22,8 @@ class DrafterLimits:
     of its trees, which have `width` nodes on average.
 
     `fixed` says that its nodes, up to `most` per request, are drafted and verified whatever the policy thinks.
+    `by_rank` says that its confidence classes are sibling ranks, and its trees the best ones for what is measured of
+    them (`engine.positional`).
     """
 
     name: str
@@ -29,6 +31,7 @@ class DrafterLimits:
     cost_per_token: bool
     fixed: bool = False
     width: float = 1.0
+    by_rank: bool = False
 
 
 class LengthPolicy(Protocol):

@@ -41,6 +41,7 @@ POLICIES: dict[str, PolicyEntry] = {
     "bass": PolicyEntry("paceline.plan.bass:BassLength"),
     "fixed": PolicyEntry("paceline.plan.fixed:FixedLength"),
     "heuristic": PolicyEntry("paceline.plan.heuristic:HeuristicLength"),
+    "sequoia": PolicyEntry("paceline.plan.sequoia:SequoiaLength", priced=True),
     "smartspec": PolicyEntry("paceline.plan.smartspec:SmartSpec", priced=True),
     "smartspec-request": PolicyEntry("paceline.plan.smartspec_request:SmartSpecPerRequest", priced=True),
     "threshold": PolicyEntry("paceline.plan.threshold:ThresholdLength", {"p": _probability}),

@@ -20,6 +20,7 @@ SHAPES = (
     "best-first:expand=2,width=3",
     "rsd-c:widths=2/2",
     "rsd-s:width=3",
+    "sequoia",
     "cape",
 )
 RULES = ("coupled", "recursive", "multi")
@@ -28,6 +29,7 @@ FAST = (
     ("rsd-s:width=3", "recursive"),
     ("rsd-c:widths=2/2", "recursive"),
     ("branching:widths=3/1", "multi"),
+    ("sequoia", "recursive"),
     ("best-first:expand=2,width=3", "recursive"),
 )
 RUNS, FEW = 20_480, 2_048

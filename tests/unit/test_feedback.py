@@ -48,6 +48,13 @@ def test_siblings_are_labelled_on_the_committed_path_only() -> None:
     assert labels(draft, [5, 1]) == [("a", 0, True), ("b", 1, False), ("a", 2, False)]
 
 
+def test_of_equal_siblings_only_the_first_is_accepted() -> None:
+    """Draws with replacement repeat; what stands below the second was never verified as part of the text."""
+    draft = tree([5, 6, 6, 6, 7, 7], [-1, -1, -1, -1, 1, 2], key=np.arange(6))
+    expected = [("ngram", 0, False), ("ngram", 1, True), ("ngram", 2, False), ("ngram", 3, False), ("ngram", 4, True)]
+    assert labels(draft, [6, 7, 8]) == expected
+
+
 def test_labels_say_where_they_come_from() -> None:
     """Depth, request and the plan's own estimate, for shared nodes as well; a drafter without nodes has no label."""
     draft = tree([5, 6], [-1, 0], key=np.array([1, 2]), drafter=("a", "b"), shared=((0, "b", 4),))

@@ -10,7 +10,7 @@ import pytest
 import paceline
 
 ROOT = Path(paceline.__file__).parent
-_VALUES = ("types", "constraint", "draft_progress", "draft_tree", "request", "sampling", "rng")
+_VALUES = ("types", "constraint", "draft_progress", "draft_tree", "positional", "request", "sampling", "rng")
 TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
 RESOURCES = ("model", "constrain")
@@ -88,14 +88,14 @@ def test_the_check_sees_what_it_should() -> None:
 
 
 def test_only_commit_appends_tokens() -> None:
-    """One writer: no other module grows a request's token list (replays of traces play the engine, on none)."""
+    """One writer: no other module grows a request's token list (benches that play the engine run none)."""
     writers = []
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 target = node.func.value
                 grows = node.func.attr in ("append", "extend", "insert")
-                played = name.startswith(("bench.replay", "bench.accepted"))
+                played = name.startswith(("bench.replay", "bench.accepted", "bench.tree_rounds"))
                 if grows and not played and isinstance(target, ast.Attribute) and target.attr == "token_ids":
                     writers.append(name)
     assert writers == ["engine.commit"]

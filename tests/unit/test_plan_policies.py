@@ -89,7 +89,7 @@ def test_a_drafter_of_no_length_is_never_asked(name: str) -> None:
 def test_the_cost_model_is_made_only_where_it_is_needed(name: str) -> None:
     made = []
     create_policy(name, {}, NGRAM, estimates(), lambda: made.append(1) or cost_of(cheap))  # type: ignore[func-returns-value]
-    assert bool(made) == POLICIES[name].priced == (name in ("auto", "smartspec", "smartspec-request"))
+    assert bool(made) == POLICIES[name].priced == (name in ("auto", "sequoia", "smartspec", "smartspec-request"))
 
 
 # BASS

@@ -65,7 +65,11 @@ def _split(query: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Ten
         new_keys.append(key[old:])
         new_values.append(value[old:])
         where = np.arange(old, len(key))
-        sequences.append(SequenceAttention(start, start + _QUERIES, old, torch.tensor(table), where, None))
+        sequences.append(
+            SequenceAttention(
+                start, start + _QUERIES, old, torch.tensor(table), where, None, np.empty(0, dtype=np.int64)
+            )
+        )
         first, start = first + size, start + _QUERIES
     paged = AttentionMetadata(kv, torch.from_numpy(np.concatenate(slots)), tuple(sequences))
     new_key, new_value = (torch.cat(part).transpose(0, 1)[None] for part in (new_keys, new_values))

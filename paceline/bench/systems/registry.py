@@ -24,7 +24,7 @@ SYSTEMS: tuple[System, ...] = (
     System(7, "speculative-streaming", "Speculative Streaming: Fast LLM Inference without Auxiliary Models", "2402.11131", "speculation"),
     System(8, "online-sd", "Online Speculative Decoding", "2310.07177", "speculation"),
     System(9, "llama3-80k", "Extending Llama-3's Context Ten-Fold Overnight", "2404.19553", "long context"),
-    System(10, "rsd", "Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement", "2402.14160", "speculation"),
+    System(10, "rsd", "Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without Replacement", "2402.14160", "speculation", "paceline.bench.systems.rsd:run"),
     System(11, "magicdec", "MagicDec: Breaking the Latency-Throughput Tradeoff for Long Context Generation with Speculative Decoding", "2408.11049", "speculation"),
     System(12, "pearl", "Parallel Speculative Decoding with Adaptive Draft Length", "2408.11850", "speculation"),
     System(13, "decoding-sd", "Decoding Speculative Decoding", "2402.01528", "speculation", "paceline.bench.systems.decoding_sd:run"),
@@ -48,7 +48,7 @@ SYSTEMS: tuple[System, ...] = (
     System(31, "lc-alpacaeval", "Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators", "2404.04475", "length bias"),
     System(32, "relay-attention", "RelayAttention for Efficient Large Language Model Serving with Long System Prompts", "2402.14808", "scheduling"),
     System(33, "s3", "S^3: Increasing GPU Utilization during Generative Inference for Higher Throughput", "2306.06000", "scheduling"),
-    System(34, "sequoia", "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding", "2402.12374", "speculation"),
+    System(34, "sequoia", "Sequoia: Scalable, Robust, and Hardware-aware Speculative Decoding", "2402.12374", "speculation", "paceline.bench.systems.sequoia:run"),
     System(35, "pipeinfer", "PipeInfer: Accelerating LLM Inference using Asynchronous Pipelined Speculation", "2407.11798", "speculation"),
     System(36, "learning-to-rank", "Efficient LLM Scheduling by Learning to Rank", "2408.15792", "scheduling"),
     System(37, "stock-headlines", "Can ChatGPT Forecast Stock Price Movements? Return Predictability and Large Language Models", "2304.07619", "applications"),
@@ -77,7 +77,7 @@ SYSTEMS: tuple[System, ...] = (
     System(60, "unseen-questions", "Answering Unseen Questions With Smaller Language Models Using Rationale Generation and Dense Retrieval", "2308.04711", "applications"),
     System(61, "cot-valve", "CoT-Valve: Length-Compressible Chain-of-Thought Tuning", "2502.09601", "length control"),
     System(62, "spec-bench", "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey of Speculative Decoding", "2401.07851", "speculation", "paceline.bench.systems.spec_bench:run"),
-    System(63, "glide-cape", "GliDe with a CaPE: A Low-Hassle Method to Accelerate Speculative Decoding", "2402.02082", "speculation"),
+    System(63, "glide-cape", "GliDe with a CaPE: A Low-Hassle Method to Accelerate Speculative Decoding", "2402.02082", "speculation", "paceline.bench.systems.cape:run"),
     System(64, "fr-spec", "FR-Spec: Accelerating Large-Vocabulary Language Models via Frequency-Ranked Speculative Sampling", "2502.14856", "speculation", "paceline.bench.systems.fr_spec:run"),
 )
 # fmt: on

@@ -56,6 +56,8 @@ class TreeShape(Protocol):
     """First guess of acceptance by confidence class.  # [num_keys]"""
     width: float
     """Nodes of a level, on average."""
+    by_rank: bool
+    """Whether a node's class is its rank among its siblings, and the best tree for these classes is grown."""
 
     def start(self, budget: int, depth: int, acceptance: FloatArray | None) -> Growth:
         """An empty tree.

@@ -34,6 +34,7 @@ class BestFirstShape:
     name = "best-first"
     origin = Origin.CHOSEN
     prior = PRIOR
+    by_rank = False
 
     def __init__(self, origin: Origin, expand: int = 3, width: int = 6) -> None:  # noqa: ARG002
         if expand < 1 or width < 1:

@@ -29,6 +29,7 @@ class BranchingShape:
 
     name = "branching"
     prior = PRIOR
+    by_rank = False
 
     def __init__(self, origin: Origin, widths: Sequence[int] = (3, 2, 1)) -> None:
         if not widths or min(widths) < 1:

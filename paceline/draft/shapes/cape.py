@@ -6,7 +6,7 @@ and they are chosen, so under other rules than `coupled` they are point masses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from paceline.arrays import FloatArray
 from paceline.draft.scored import Scored
@@ -24,25 +24,31 @@ class CapeShape:
     origin = Origin.CHOSEN
     prior = PRIOR
     width = 4.0
+    by_rank = False
 
     def __init__(self, origin: Origin) -> None:
         """`origin` is ignored: the tokens are chosen."""
 
     def start(self, budget: int, depth: int, acceptance: FloatArray | None) -> Growth:  # noqa: ARG002
         """An empty tree."""
-        return _Cape(budget, depth)
+        return _Cape(budget, depth, self.candidates)
+
+    def candidates(self, confidence: float) -> int:
+        """Tokens tried after a draft law whose largest probability is `confidence`."""
+        return next((count for bound, count in _CANDIDATES if confidence < bound), _LEAST)
 
 
 class _Cape:
-    def __init__(self, budget: int, depth: int) -> None:
+    def __init__(self, budget: int, depth: int, candidates: Callable[[float], int]) -> None:
         self._left = budget
         self._levels = depth
+        self._candidates = candidates
 
     def grow(self, scored: Sequence[Scored], next_node: int) -> Sequence[Child]:  # noqa: ARG002
-        """The next node of the path, and its siblings, so that the path keeps the budget that it needs."""
+        """The next node of the path and its siblings, as far as the budget goes."""
         (parent,) = scored
         self._levels -= 1
-        count = min(num_candidates(parent.confidence), self._left)
+        count = min(self._candidates(parent.confidence), self._left)
         self._left -= count
         children = children_of(parent, count, expand=False)
         if children and self._levels > 0 and self._left > 0:
@@ -52,8 +58,3 @@ class _Cape:
 
     def finish(self, next_node: int) -> Sequence[Child]:  # noqa: ARG002
         return ()
-
-
-def num_candidates(confidence: float) -> int:
-    """Tokens tried after a draft law whose largest probability is `confidence`."""
-    return next((count for bound, count in _CANDIDATES if confidence < bound), _LEAST)

@@ -16,6 +16,7 @@ class ChainShape:
     name = "chain"
     prior = PRIOR
     width = 1.0
+    by_rank = False
 
     def __init__(self, origin: Origin) -> None:
         self.origin = Origin.CHOSEN if origin is Origin.CHOSEN else Origin.DISTINCT

@@ -32,6 +32,7 @@ class StochasticBeamShape:
 
     name = "rsd-s"
     prior = PRIOR
+    by_rank = False
 
     def __init__(self, origin: Origin, width: int = 4) -> None:
         if origin is Origin.INDEPENDENT:

@@ -1,0 +1,103 @@
+"""What the tests of tree systems share: rounds at the same contexts, and differences of what they accept.
+
+The rounds are those of `paceline.bench.tree_rounds`. They are few here, so a bound on a difference is widened by three
+standard errors of it; `benchmarks/tree_rules.py` makes many.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from paceline.arrays import FloatArray
+from paceline.bench.systems.base import Row, at_least
+from paceline.bench.systems.context import Context
+from paceline.bench.tree_rounds import Round, TreeRounds, Trial, Walkers, learn_ranks
+from paceline.config import SamplingParams
+from paceline.draft.shapes.base import TreeShape
+
+_ANSWER = 64
+_TOGETHER = 8
+_SEEDS = 1 << 40
+Rounds = Mapping[Trial, Sequence[Round]]
+
+
+def tree_rounds(context: Context) -> TreeRounds:
+    """Rounds of the target and the draft model, for one system."""
+    return TreeRounds(context.llm(), context.draft_llm)
+
+
+def try_trees(
+    context: Context,
+    trials: Sequence[Trial],
+    contexts: int,
+    temperature: float,
+    *,
+    ranks: Mapping[str, FloatArray] | None = None,
+    shapes: Mapping[Trial, TreeShape] | None = None,
+) -> Rounds:
+    """One round of every trial at every context, along the target's own answers.
+
+    Args:
+        context: gives models and questions.
+        trials: what is tried.
+        contexts: how many.
+        temperature: of the requests.
+        ranks: Sequoia's vectors by rule.
+        shapes: in place of the trial's own.
+    """
+    rounds = tree_rounds(context)
+    for trial, shape in (shapes or {}).items():
+        rounds.use(trial, shape)
+    params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
+    walkers = Walkers(rounds, context.prompts(12)[::2], params, min(_TOGETHER, contexts))
+    seeds = itertools.count(_SEEDS + round(temperature * 1000))
+    found: dict[Trial, list[Round]] = {trial: [] for trial in trials}
+    count = len(walkers.requests)
+    for done in range(0, contexts, count):
+        context.say(f"Trees at temperature {temperature:g}: {done} of {contexts} contexts")
+        for trial, made in found.items():
+            vector = (ranks or {}).get(trial.rule) if trial.tree == "sequoia" else None
+            made += rounds.run(walkers.requests, trial, list(itertools.islice(seeds, count)), vector)
+        walkers.move_on(found[trials[-1]][-count:])
+    walkers.close()
+    return found
+
+
+def ranks_of(
+    context: Context, rules: Sequence[str], temperature: float, nodes: int, depth: int
+) -> dict[str, FloatArray]:
+    """Positional vectors by rule, learned at other contexts than those of `try_trees`."""
+
+    def learn() -> dict[str, FloatArray]:
+        context.say(f"Acceptance by sibling rank at temperature {temperature:g}")
+        rounds = tree_rounds(context)
+        params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
+        walkers = Walkers(rounds, context.prompts(12)[1::2], params, context.few(_TOGETHER, 2))
+        trial = Trial("sequoia", "", nodes, depth)
+        seeds = itertools.count(2 * _SEEDS + round(temperature * 1000))
+        return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(6 * _TOGETHER, 4))
+
+    found: dict[str, FloatArray] = context.once(("ranks", tuple(rules), temperature, nodes, depth), learn)
+    return found
+
+
+def lengths(rounds: Sequence[Round]) -> FloatArray:
+    """Tokens committed by each round.  # [rounds]"""
+    return np.array([len(one.walk.tokens) for one in rounds], dtype=np.float64)
+
+
+def error_of_mean(values: FloatArray) -> float:
+    """Standard error of a mean over contexts."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+
+
+def no_shorter(test: str, better: Sequence[Round], worse: Sequence[Round], note: str = "") -> Row:
+    """A row that passes unless the first accepts clearly less than the second, at the same contexts."""
+    gap = lengths(better) - lengths(worse)
+    error = error_of_mean(gap)
+    about = f"{lengths(better).mean():.2f} and {lengths(worse).mean():.2f} tokens a round over {len(gap)} contexts"
+    about += f"; three standard errors of the difference are {3 * error:.2f}"
+    return at_least(test, float(gap.mean()), -round(3 * error, 3), f"{about}{'; ' if note else ''}{note}")
