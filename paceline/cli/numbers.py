@@ -18,6 +18,13 @@ def whole(text: str) -> int:
     return int(_number(text, int, "a whole number of at least 0", 0))
 
 
+def amount(text: str) -> int:
+    """A whole number of at least 1, also in thousands or millions: 20k, 5M."""
+    factor = {"k": 1_000, "m": 1_000_000}.get(text[-1:].lower(), 1)
+    what = "a number of at least 1, such as 500, 20k or 5M"
+    return int(_number(text[:-1] if factor > 1 else text, float, what, 1.0 / factor) * factor)
+
+
 def positive(text: str) -> float:
     """A number above 0."""
     return _number(text, float, "a number above 0", 0, above=True)

@@ -14,7 +14,17 @@ _VALUES = ("types", "constraint", "draft_progress", "draft_tree", "request", "sa
 TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
 RESOURCES = ("model", "constrain")
-LAYERS = (TYPES, ("cache",), RESOURCES, STAGES, ("engine",), ("outputs",), ("llm",), ("cli", "bench", "server"))
+LAYERS = (
+    TYPES,
+    ("cache",),
+    RESOURCES,
+    STAGES,
+    ("engine",),
+    ("outputs",),
+    ("llm",),
+    ("train",),
+    ("cli", "bench", "server"),
+)
 
 
 def modules() -> dict[str, Path]:
