@@ -246,4 +246,5 @@ def _limits(wanted: DrafterSpec, drafter: Drafter, shape: TreeShape, *, is_fixed
     width = shape.width if drafter.cost_per_token else 1.0
     given = wanted.maximum if wanted.k is None else wanted.k
     most = drafters.entry(wanted.name).most if given is None else given
-    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width)
+    hidden_size: int | None = getattr(drafter, "hidden_size", None)  # only draft models have hidden states
+    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width, hidden_size)

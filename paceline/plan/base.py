@@ -29,6 +29,8 @@ class DrafterLimits:
     cost_per_token: bool
     fixed: bool = False
     width: float = 1.0
+    hidden_size: int | None = None
+    """Of a draft model's hidden states, which a policy's head must fit."""
 
 
 class LengthPolicy(Protocol):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fakes
 import numpy as np
 import torch
 from engine_tools import greedy, make_request
@@ -167,6 +168,7 @@ class World:
         limits = [DrafterLimits(d.name, d.most, d.cost_per_token, d.fixed) for d in drafters]
         models = {d.name: DraftCost(per_depth=d.seconds) for d in drafters if d.cost_per_token}
         self.cost = cost or cost_of(seconds, models)
+        options = {**fakes.head_options(policy), **options}
         self.policy: LengthPolicy = create_policy(policy, options, limits, self.estimates, lambda: self.cost)
         self.drafting = Drafting(
             {d.name: d for d in drafters}, merge_trees=True, vocab_size=RIGHT_IDS + len(self.drafters)
