@@ -188,13 +188,16 @@ def _events(console: Console) -> Iterator[Events]:
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal) as bar:
 
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True)
+
         def progress(stage: str, share: float) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=1.0)
+            tenths = int(10 * share) - int(10 * bar.tasks[tasks[stage]].completed)
             bar.update(tasks[stage], completed=share)
-
-        def say(text: str) -> None:
-            console.print(text, highlight=False, soft_wrap=True)
+            if stage == "write" and tenths > 0 and not console.is_terminal:  # training says enough by itself
+                say(f"written: {share:.0%}")
 
         def measured(m: Measurement, loss: float) -> None:
             say(

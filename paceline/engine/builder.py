@@ -25,6 +25,7 @@ from paceline.engine.draft_tree import Origin
 from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
 from paceline.errors import ConfigError, SpeculationSpecError
+from paceline.model.draft_weights import is_draft, load_draft
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
@@ -214,8 +215,10 @@ def _drafters(
 def _load_draft(
     model: str, config: EngineConfig, target: LoadedModel, on_progress: Callable[[str], None]
 ) -> LoadedModel:
-    """Load a draft model and refuse one whose tokens mean something else."""
+    """Load a draft model, which may live on the target's embeddings; refuse one whose tokens mean something else."""
     on_progress(f"loading draft model {model}")
+    if is_draft(model):
+        return load_draft(model, target)
     name = "float32" if target.dtype == torch.float32 else "bfloat16"
     draft = load_model(model, dtype=name, device=str(target.device), trust_remote_code=config.trust_remote_code)
     if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():

@@ -7,7 +7,7 @@ left), min-p. The vocabulary is never sorted: thresholds found in one pass leave
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,11 @@ class Law:
         dense = np.zeros(vocab_size, dtype=np.float64)
         dense[self.ids] = weights
         return dense
+
+    def having(self, probabilities: NDArray[np.float64]) -> Law:
+        """A law like this one, drawn from in the same way, with other probabilities.  # [vocab]"""
+        with np.errstate(divide="ignore"):
+            return replace(self, logits=np.log(probabilities), ids=None)
 
     def draw(self, words: NDArray[np.uint32]) -> int:
         """The Gumbel-max sample under per-token noise `words [vocab]`; ties go to the lowest id.

@@ -55,17 +55,41 @@ def join(pairs: Iterable[tuple[NDArray[np.int32], BoolArray]]) -> Documents:
     return Documents(tokens.astype(np.int32), own.astype(np.bool_), np.array([len(t) for t, _ in kept], dtype=np.int64))
 
 
+class Collection:
+    """Documents gathered one by one, each once."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._kept: list[tuple[NDArray[np.int32], BoolArray]] = []
+        self._seen: set[bytes] = set()
+
+    def add(self, tokens: NDArray[np.int32], own: BoolArray) -> None:
+        """Take a document, unless it is there already."""
+        digest = hashlib.sha256(tokens.tobytes()).digest()
+        if digest not in self._seen:
+            self._seen.add(digest)
+            self._kept.append((tokens, own))
+            self.num_tokens += len(tokens)
+
+    def add_all(self, documents: Documents) -> None:
+        """Take what is new of `documents`."""
+        for start, length in zip(documents.starts, documents.lengths, strict=True):
+            piece = slice(start, start + length)
+            self.add(documents.tokens[piece], documents.own[piece])
+
+    def documents(self) -> Documents:
+        """All of them."""
+        return join(self._kept)
+
+
 def clean(pairs: Iterable[tuple[NDArray[np.int32], BoolArray]]) -> Documents:
     """Cut loops short, and drop documents without an answer and repeated ones."""
-    kept, seen = [], set()
+    kept = Collection()
     for tokens, own in pairs:
         end = loop_start(tokens)
-        tokens, own = tokens[:end], own[:end]
-        digest = hashlib.sha256(tokens.tobytes()).digest()
-        if own.any() and digest not in seen:
-            seen.add(digest)
-            kept.append((tokens, own))
-    return join(kept)
+        if own[:end].any():
+            kept.add(tokens[:end], own[:end])
+    return kept.documents()
 
 
 def loop_start(tokens: NDArray[np.int32]) -> int:
@@ -123,17 +147,10 @@ def load_documents(paths: Sequence[Path]) -> Documents:
     Raises:
         CorruptFileError: a shard is damaged; names the file.
     """
-    seen: set[bytes] = set()
-    kept = []
+    kept = Collection()
     for path in paths:
-        shard = load_shard(path)
-        for start, length in zip(shard.starts, shard.lengths, strict=True):
-            tokens = shard.tokens[start : start + length]
-            digest = hashlib.sha256(tokens.tobytes()).digest()
-            if digest not in seen:
-                seen.add(digest)
-                kept.append((tokens, shard.own[start : start + length]))
-    return join(kept)
+        kept.add_all(load_shard(path))
+    return kept.documents()
 
 
 def _digest(arrays: dict[str, NDArray[Any]]) -> str:

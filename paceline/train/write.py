@@ -26,7 +26,7 @@ from paceline.errors import ConfigError, CorruptFileError
 from paceline.model.draft_weights import fingerprint, public_name
 from paceline.model.loader import LoadedModel
 from paceline.train.attention import use_library_attention
-from paceline.train.documents import Documents, clean, load_documents, load_shard, save_shard, shard_path
+from paceline.train.documents import Collection, Documents, clean, load_documents, load_shard, save_shard, shard_path
 from paceline.train.prompts import Kind, OpeningRule, Script, file_scripts, own_scripts
 
 ABOUT = "text.json"
@@ -34,6 +34,8 @@ _COMPACT_EVERY = 16
 """Steps between looks at which rows have ended: each look waits for the device."""
 _OPENING_HEAT = 0.8
 """Temperature of users' turns and first words: varied, and still what somebody might ask."""
+_BARREN = 3
+"""Batches in a row without a new document after which writing gives up."""
 _STRAGGLERS = 16
 """When fewer than 1 / this share of the rows is left, they are cut where they are."""
 
@@ -55,6 +57,8 @@ class WriteSettings:
     seed: int = 0
 
 
+Row = tuple[Script, float]
+"""What to write, and the temperature of its answers."""
 Progress = Callable[[int], None]
 """Called with the number of tokens there are so far."""
 
@@ -73,27 +77,26 @@ def write_text(
     _check_folder(folder, target, settings, complete=_tokens_there(folder) >= tokens)
     scripts, rule = _scripts(target, settings)
     use_library_attention(target.model)
-    done, index, barren = 0, 0, 0
-    while done < tokens:
+    kept = Collection()
+    index, barren = 0, 0
+    while kept.num_tokens < tokens:
+        before = kept.num_tokens
         path = shard_path(folder, index)
-        if path.exists():
-            shard = load_shard(path)
-        else:
-            rows = [scripts[(index * settings.batch + b) % len(scripts)] for b in range(settings.batch)]
-            writer = BatchWriter(target, rows, rule, settings, index)
-            shard = clean(writer.run(lambda n, done=done: on_progress(min(done + n, tokens))))  # type: ignore[misc]
-            save_shard(path, shard)
-        done += len(shard.tokens)
-        barren = 0 if len(shard.tokens) else barren + 1
-        if barren == 3:
+        if not path.exists():
+            writer = BatchWriter(target, _rows(scripts, settings, index), rule, settings, index)
+            pairs = writer.run(lambda n, before=before: on_progress(min(before + n, tokens)))  # type: ignore[misc]
+            save_shard(path, clean(pairs))
+        kept.add_all(load_shard(path))
+        barren = 0 if kept.num_tokens > before else barren + 1
+        if barren == _BARREN:
             raise ConfigError(
-                "three batches in a row held no usable answer.",
-                field="text",
-                fix="Give prompts of your own (--prompts FILE), or longer documents (--length).",
+                f"{_BARREN} batches in a row held no answer that was not there before.",
+                field=str(folder),
+                fix="Give more prompts (--prompts), more temperatures, longer documents (--length) or fewer --tokens.",
             )
         index += 1
-        on_progress(min(done, tokens))
-    return load_documents([shard_path(folder, i) for i in range(index)])
+        on_progress(min(kept.num_tokens, tokens))
+    return kept.documents()
 
 
 def read_text(folder: Path, target: LoadedModel) -> Documents:
@@ -117,8 +120,9 @@ class BatchWriter:
     """
 
     def __init__(
-        self, target: LoadedModel, scripts: Sequence[Script], rule: OpeningRule, settings: WriteSettings, index: int
+        self, target: LoadedModel, rows: Sequence[Row], rule: OpeningRule, settings: WriteSettings, index: int
     ) -> None:
+        scripts = [script for script, _ in rows]
         self._model, self._device, self._rule = target.model, target.device, rule
         self._length = min(settings.length, target.max_model_len)
         stops = {*target.eos_token_ids, *(() if rule.closing is None else (rule.closing,))}
@@ -135,11 +139,10 @@ class BatchWriter:
             for k, ids in enumerate(script.given):
                 given[b, k, : len(ids)] = ids
         self._common = min(int(given_len[:, 0].min()), self._length)
-        heats = settings.temperatures
         self._kinds = torch.from_numpy(kinds).to(self._device)  # [B, K]
         self._given = torch.from_numpy(given).to(self._device)  # [B, K, S]
         self._given_len = torch.from_numpy(given_len).to(self._device)  # [B, K]
-        self._heat = torch.tensor([heats[b % len(heats)] for b in range(size)], device=self._device)  # [B]
+        self._heat = torch.tensor([heat for _, heat in rows], device=self._device)  # [B]
         self._rows = torch.arange(size, device=self._device)  # [B] row of `_out` that each belongs to
         self._piece = torch.zeros(size, dtype=torch.int64, device=self._device)  # [B] piece it is in
         self._place = torch.full((size,), self._common, device=self._device)  # [B] token within the piece
@@ -213,6 +216,15 @@ class BatchWriter:
     def _compact(self, kept: torch.Tensor) -> None:
         for name in ("_kinds", "_given", "_given_len", "_heat", "_rows", "_piece", "_place", "_alive"):
             setattr(self, name, getattr(self, name)[kept])
+
+
+def _rows(scripts: Sequence[Script], settings: WriteSettings, index: int) -> list[Row]:
+    """Scripts in turn. Temperatures too, and a script that comes again meets the next one."""
+    heats, rows = settings.temperatures, []
+    for number in range(index * settings.batch, (index + 1) * settings.batch):
+        turn, which = divmod(number, len(scripts))
+        rows.append((scripts[which], heats[(turn + which) % len(heats)]))
+    return rows
 
 
 def _scripts(target: LoadedModel, settings: WriteSettings) -> tuple[list[Script], OpeningRule]:

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Noise, Stream
-from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
 from paceline.verify.base import ROOT, LawSource
-from paceline.verify.rejection import accepts, log_law, point_mass, residual
+from paceline.verify.rejection import accepts, point_mass, residual
 
 Dense = NDArray[np.float64]
 NextLaw = Callable[[Dense, Sequence[int]], Dense]
@@ -46,7 +45,7 @@ def walk_tree(tree: DraftTree, law: LawSource, noise: Noise, position: int, voca
             left = residual(left, draft)
             q = None if q is None else next_law(q, tree.tokens[kids[: number + 1]].tolist())
         else:
-            recovered = Law(log_law(left)).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
+            recovered = target.having(left).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
             return Walk(tuple(path), (*tokens, recovered))
         path.append(node)
         tokens.append(int(tree.tokens[node]))

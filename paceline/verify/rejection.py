@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise, Stream
-from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
 from paceline.verify.base import ROOT, LawSource
 from paceline.verify.claims import check_claims
@@ -31,14 +30,15 @@ class RejectionRule:
         check_claims(self.name, tree, self.branches)
         tokens: list[int] = []
         for node in range(len(tree)):
-            p = law(node - 1 if node else ROOT, tokens).probabilities(vocab_size)
+            target = law(node - 1 if node else ROOT, tokens)
+            p = target.probabilities(vocab_size)
             x = int(tree.tokens[node])
             q = tree.laws[node].probabilities(vocab_size) if tree.laws else point_mass(x, vocab_size)
             here = position + node
             if accepts(p[x], q[x], noise.uniform(here, Stream.ACCEPT)):
                 tokens.append(x)
                 continue
-            recovered = Law(log_law(residual(p, q))).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
+            recovered = target.having(residual(p, q)).draw(noise.words(here, Stream.RESIDUAL, vocab_size))
             return Walk(tuple(range(node)), (*tokens, recovered))
         bonus = law(len(tree) - 1, tokens).draw(noise.words(position + len(tree), Stream.TARGET, vocab_size))
         return Walk(tuple(range(len(tree))), (*tokens, bonus))
@@ -61,9 +61,3 @@ def point_mass(token: int, vocab_size: int) -> NDArray[np.float64]:
     dense = np.zeros(vocab_size)
     dense[token] = 1.0
     return dense
-
-
-def log_law(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log-probabilities, minus infinity where there is no mass.  # [vocab]"""
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.log(probabilities))

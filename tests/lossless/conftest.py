@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lossless.real import save_dropped
 
+from paceline.bench.systems.drafts import save_dropped
 from paceline.model.loader import LoadedModel
 
 

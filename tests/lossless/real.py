@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from paceline import LLM
 from paceline.model.loader import LoadedModel
@@ -43,18 +41,6 @@ def spec_bench(count: int, longest: int = 3000) -> list[str]:
     rows = [json.loads(line) for line in SPEC_BENCH.read_text().splitlines()]
     turns = [row["turns"][0] for row in rows if len(row["turns"][0]) <= longest]
     return turns[:: max(1, len(turns) // count)][:count]
-
-
-def save_dropped(loaded: LoadedModel, folder: Path, every: int = 2) -> Path:
-    """Save a draft that keeps every `every`-th layer of the model (and the last)."""
-    model = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
-    layers = model.model.layers
-    kept = sorted({*range(0, len(layers), every), len(layers) - 1})
-    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
-    model.config.num_hidden_layers = len(kept)
-    model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return folder
 
 
 def logits_in_chunks(llm: LLM, tokens: Sequence[int], chunk: int) -> np.ndarray:

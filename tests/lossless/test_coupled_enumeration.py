@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lossless.enumeration import make_tree
 
+from paceline.bench.laws import make_tree
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lossless.enumeration import (
+
+from paceline.bench.laws import (
     Choices,
     Context,
     Draft,
@@ -26,7 +27,6 @@ from lossless.enumeration import (
     sampled_chain,
     tree_of,
 )
-
 from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.engine.sampling import Law
@@ -45,11 +45,6 @@ WARPS: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 0.7, "repetition_penalty": 1.3, "logit_bias": {0: 0.5}, "min_tokens": 2},
     "greedy": {"temperature": 0.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _residuals_fork_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejection, "Law", ScriptedLaw)
 
 
 def entropy(law: Law) -> float:

@@ -18,7 +18,12 @@ import fakes
 import numpy as np
 import pytest
 import torch
-from lossless.enumeration import (
+from lossless.loop import FALSE_ALARM, PROMPT, VOCAB, Tiny, make_tiny, run
+from lossless.real import real_llm
+from lossless.reference import Floats, model_rows, slow_law
+
+from paceline import LLM, SamplingParams, StructuredOutput
+from paceline.bench.laws import (
     Context,
     Draft,
     LawOf,
@@ -29,11 +34,6 @@ from lossless.enumeration import (
     random_laws,
     sampled_chain,
 )
-from lossless.loop import FALSE_ALARM, PROMPT, VOCAB, Tiny, make_tiny, run
-from lossless.real import real_llm
-from lossless.reference import Floats, model_rows, slow_law
-
-from paceline import LLM, SamplingParams, StructuredOutput
 from paceline.constrain.compiler import Grammars
 from paceline.constrain.matcher import GrammarConstraint
 from paceline.draft.base import NOTHING, Proposal, chain
@@ -41,7 +41,6 @@ from paceline.draft.drafting import _allowed
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.sampling import build_law
 from paceline.model.loader import LoadedModel
-from paceline.verify import rejection
 from paceline.verify.coupled import CoupledRule
 from paceline.verify.rejection import RejectionRule
 
@@ -67,17 +66,6 @@ WARPS: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 0.7, "repetition_penalty": 1.3, "logit_bias": {0: 0.5}, "min_tokens": 3},
     "greedy": {"temperature": 0.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def _residuals_fork_too(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    if "enumerated" in request.keywords.get("usefixtures", pytest.mark.usefixtures()).args:
-        monkeypatch.setattr(rejection, "Law", ScriptedLaw)
-
-
-@pytest.fixture
-def enumerated() -> None:
-    """Marks tests whose laws are scripted."""
 
 
 @cache
@@ -140,7 +128,6 @@ def dictated(grammar: str) -> Draft:
     return made
 
 
-@pytest.mark.usefixtures("enumerated")
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_the_law_is_that_of_plain_constrained_decoding(grammar: str, warp: str) -> None:
@@ -160,7 +147,6 @@ def test_the_law_is_that_of_plain_constrained_decoding(grammar: str, warp: str) 
             assert error_of(rule, p, draft, len(WORDS), length=3) < EXACT, f"{name} under {rule.name}"
 
 
-@pytest.mark.usefixtures("enumerated")
 def test_cutting_a_sampled_chain_by_the_grammar_is_caught() -> None:
     """A sampled token that is dropped because the grammar forbids it biases what is committed instead."""
     grammar = GRAMMARS[0]
@@ -177,7 +163,6 @@ def test_cutting_a_sampled_chain_by_the_grammar_is_caught() -> None:
     assert error_of(RejectionRule(), p, cut, len(WORDS), length=3) > BROKEN
 
 
-@pytest.mark.usefixtures("enumerated")
 def test_a_law_without_the_mask_is_caught() -> None:
     p, unmasked = masked(1, GRAMMARS[0], SamplingParams()), random_laws(1, len(WORDS), SamplingParams())
     assert float(np.abs(p(()).probabilities(4) - unmasked(()).probabilities(4)).max()) > BROKEN

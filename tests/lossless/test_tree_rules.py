@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lossless.enumeration import (
+from lossless.test_enumeration import BROKEN, EXACT, WARPS
+
+from paceline.bench.laws import (
     Context,
-    ScriptedLaw,
     ScriptedNoise,
     error_of,
     make_tree,
@@ -23,15 +24,13 @@ from lossless.enumeration import (
     sampled_tree,
     tree_of,
 )
-from lossless.test_enumeration import BROKEN, EXACT, WARPS
-
 from paceline.config import SamplingParams
 from paceline.draft.base import Proposal
 from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law
 from paceline.errors import RuleViolation
-from paceline.verify import multi_round, recursive
+from paceline.verify import recursive
 from paceline.verify.base import AcceptanceRule
 from paceline.verify.coupled import CoupledRule
 from paceline.verify.multi import MultiRule
@@ -40,11 +39,6 @@ from paceline.verify.recursive import RecursiveRule
 PLAIN = SamplingParams()
 RULES = [(RecursiveRule(), Origin.DISTINCT), (MultiRule(), Origin.INDEPENDENT)]
 SHAPES = [(3, (2,)), (3, (2, 1)), (4, (3,)), (2, (2, 2)), (5, (2,))]
-
-
-@pytest.fixture(autouse=True)
-def _residuals_fork_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_round, "Law", ScriptedLaw)
 
 
 @pytest.mark.parametrize(("rule", "origin"), RULES, ids=["recursive", "multi"])

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lossless.enumeration import make_tree, tree_of
 
+from paceline.bench.laws import make_tree, tree_of
 from paceline.config import SamplingParams
 from paceline.draft.base import chain
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree, Origin

@@ -42,7 +42,9 @@ def chat() -> LoadedModel:
 def write(target: LoadedModel, settings: WriteSettings, index: int = 0) -> list[tuple[list[int], list[bool]]]:
     target.model.set_attn_implementation("sdpa")
     script, rule = own_scripts(target.tokenizer, target.eos_token_ids, turns=settings.turns)
-    writer = BatchWriter(target, [script] * settings.batch, rule, settings, index)
+    heats = settings.temperatures
+    rows = [(script, heats[b % len(heats)]) for b in range(settings.batch)]
+    writer = BatchWriter(target, rows, rule, settings, index)
     return [(tokens.tolist(), own.tolist()) for tokens, own in writer.run()]
 
 
@@ -122,7 +124,7 @@ def test_the_law_of_an_answer_is_the_models(base: LoadedModel) -> None:
     script = replace(script, kinds=(Kind.GIVEN, Kind.ANSWER), given=((5, 9, 11), ()))
     rule = own_scripts(base.tokenizer, (2,), turns=1)[1]
     settings = WriteSettings(length=4, batch=4000, temperatures=(1.0,), prompts=str(prompt))
-    drawn = [int(tokens[3]) for tokens, _ in BatchWriter(base, [script] * 4000, rule, settings, 0).run()]
+    drawn = [int(tokens[3]) for tokens, _ in BatchWriter(base, [(script, 1.0)] * 4000, rule, settings, 0).run()]
     with torch.no_grad():
         law = base.model(input_ids=torch.tensor([[5, 9, 11]]), use_cache=False).logits[0, -1].softmax(-1).double()
     counts = np.bincount(drawn, minlength=96)
@@ -193,9 +195,15 @@ def test_prompts_of_ones_own(base: LoadedModel, chat: LoadedModel, tmp_path: Pat
     assert second.kinds == (Kind.GIVEN, Kind.ANSWER, Kind.GIVEN, Kind.ANSWER)
     assert second.given == ((3, 4, 9, 2, 6, 3, 5), (), (6, 3, 4, 12, 13, 2, 6, 3, 5), ())
     settings = WriteSettings(length=64, batch=8, temperatures=(0.0,), prompts=str(lines))
-    text = write_text(tmp_path / "text", chat, settings, 200)
+    text = write_text(tmp_path / "text", chat, settings, 20)
     for start, length in zip(text.starts, text.lengths, strict=True):
         check_greedy(chat, text.tokens[start : start + length].tolist(), text.own[start : start + length].tolist())
+    with pytest.raises(ConfigError, match="more temperatures"):  # two prompts, and only one way to answer
+        write_text(tmp_path / "text", chat, settings, 2000)
+    warm = replace(settings, temperatures=(0.0, 1.0))
+    found = write_text(tmp_path / "warm", chat, warm, 2000)
+    both = [sum(w in piece for piece in np.split(found.tokens, found.starts[1:])) for w in (7, 9)]
+    assert min(both) > 3, "every prompt is answered at every temperature in turn"
     for wrong, message in (('{"prompt": 3}', "neither"), ('{"turns": []}', "neither"), ("{", "not JSON"), ("", "no p")):
         lines.write_text(wrong)
         with pytest.raises(InputError, match=message):

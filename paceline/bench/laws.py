@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
-from lossless.reference import Floats
 
+from paceline.arrays import FloatArray
 from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, Proposal, chain
 from paceline.draft.tree import build
@@ -137,7 +137,7 @@ def sampled_chain(q: LawOf, length: int, *, before: Callable[[Law], bool] = lamb
             if before(law):
                 break
             laws.append(law)
-            tokens.append(law.draw(noise.words(position + len(tokens), Stream.DRAFT, 0)))
+            tokens.append(law.draw(noise.words(position + len(tokens), Stream.DRAFT, 0)))  # type: ignore[arg-type]
         return chain(tokens, [0] * len(tokens), tuple(laws)) if tokens else NOTHING
 
     return draft
@@ -205,7 +205,7 @@ def tree_of(proposal: Proposal) -> DraftTree:
     return build("draft", proposal, np.array([0.5]))
 
 
-def committed_law(rule: AcceptanceRule, p: LawOf, draft: Draft, vocab: int, length: int) -> Floats:
+def committed_law(rule: AcceptanceRule, p: LawOf, draft: Draft, vocab: int, length: int) -> FloatArray:
     """Joint law of the first `length` tokens that rule and drafter commit, round after round.  # [vocab] * length"""
 
     @cache
@@ -238,7 +238,7 @@ def committed_law(rule: AcceptanceRule, p: LawOf, draft: Draft, vocab: int, leng
     return joint
 
 
-def target_law(p: LawOf, vocab: int, length: int) -> Floats:
+def target_law(p: LawOf, vocab: int, length: int) -> FloatArray:
     """Joint law of the first `length` tokens of the target itself.  # [vocab] * length"""
     joint = np.zeros((vocab,) * length)
     for context in np.ndindex(*joint.shape):
