@@ -162,7 +162,8 @@ class Replay:
         sampling = batch.sampling
         plan = policy.plan(batch, _LONGEST) if policy is not None else PLAIN
         drafted, verified = self._draft(batch, plan, drafting)
-        walks = tuple(self._walk(item.request, tree) for item, tree in zip(sampling, verified.trees, strict=True))
+        rests = [self._items[trace_id(item.request)].output[item.request.num_output :] for item in sampling]
+        walks = tuple(recorded_walk(tree, rest) for tree, rest in zip(verified.trees, rests, strict=True))
         context = sum(item.start + item.num_tokens for item in batch.items)
         size = np.array([float(batch.num_tokens + verified.num_nodes)])
         forward = float(self._clock.table_seconds(size, len(batch.items), context)[0])
@@ -195,12 +196,6 @@ class Replay:
         cost = self._draft_costs.get(name)
         return 0.0 if cost is None else cost.seconds(depth, len(batch.sampling))
 
-    def _walk(self, request: Request, tree: DraftTree) -> Walk:
-        rest = self._items[trace_id(request)].output[request.num_output :]
-        path = np.flatnonzero(right_nodes(tree, rest)).tolist() if len(tree) else []
-        path = path[: len(rest) - 1]
-        return Walk(tuple(path), rest[: len(path) + 1])
-
     def _commit(self, request: Request, walk: Walk, outcome: Outcome) -> None:
         request.token_ids.extend(walk.tokens)
         request.num_computed = len(request.token_ids) - 1
@@ -208,6 +203,13 @@ class Replay:
         outcome.accepted_tokens += len(walk.path)
         if request.num_output >= request.params.max_tokens:
             request.finish_reason = FinishReason.LENGTH
+
+
+def recorded_walk(tree: DraftTree, rest: Sequence[int]) -> Walk:
+    """What of a tree agrees with the rest of a recorded output, which it never completes alone."""
+    path = np.flatnonzero(right_nodes(tree, rest)).tolist() if len(tree) else []
+    path = path[: len(rest) - 1]
+    return Walk(tuple(path), tuple(rest[: len(path) + 1]))
 
 
 def parse_policy(text: str, most: int) -> tuple[str, dict[str, str], int]:

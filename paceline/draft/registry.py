@@ -30,6 +30,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
     "ngram": DrafterEntry("paceline.draft.ngram:NgramDrafter", 16, {"lookup_max": int, "lookup_min": int}),
     "prediction": DrafterEntry("paceline.draft.prediction:PredictionDrafter", 32, {}),
     "recycling": DrafterEntry("paceline.draft.recycling:RecyclingDrafter", 32, {}, ("vocab_size", "chain")),
+    "suffix": DrafterEntry("paceline.draft.suffix:SuffixDrafter", 64, {"tokens": int}, ("chain",)),
     "draft": DrafterEntry(
         "paceline.draft.model_drafter:ModelDrafter",
         8,

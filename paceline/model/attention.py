@@ -26,6 +26,8 @@ NAME = "paceline"
 _FOLD_UP_TO = 32
 """Queries up to which the query heads of one KV head are stacked as rows, so that keys are read once per KV head."""
 
+_NO_TAIL = np.empty(0, dtype=np.int64)
+
 
 @dataclass(eq=False)
 class SequenceAttention:
@@ -41,7 +43,8 @@ class SequenceAttention:
     blocks: torch.Tensor  # [num_blocks]
     positions: IntArray  # [stop - start]
     visible: BoolArray | None  # [stop - start, at least stop - start]
-    tail_positions: IntArray  # [width of visible - new tokens], of the draft nodes in the cache
+    tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
+    """Of the draft nodes in the cache.  # [width of visible - new tokens]"""
     _masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
 
     @property

@@ -67,7 +67,7 @@ def load_model(
     path = resolve_source(source)
     check_folder(path, trust_remote_code=trust_remote_code)
     trust_remote_code = trust_remote_code and file_with_code(path) is not None
-    with _quiet():
+    with quiet():
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
@@ -218,7 +218,7 @@ def _first(items: Any) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings or bars from `transformers`: what matters in them is raised as an error."""
     from transformers.utils import logging
 

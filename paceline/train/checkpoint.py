@@ -61,6 +61,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     return load_file(weights), facts
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is anything to go on from, damaged or not."""
+    return bool(_steps(folder))
+
+
 def remove_checkpoints(folder: Path) -> None:
     """Forget the training so far."""
     for path in (*folder.glob("step-*.json"), *folder.glob("step-*.safetensors"), *folder.glob("step-*.part")):

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import log_softmax
 
 from paceline.arrays import IntArray
-from paceline.errors import ConfigError, UnsupportedModelError
+from paceline.errors import ConfigError
 from paceline.model.draft_weights import own_parameters
 from paceline.model.loader import LoadedModel
 from paceline.train.attention import use_library_attention
 from paceline.train.documents import Documents
+from paceline.train.laws import body, check_head, divergence, head
 
 _WINDOW = 32
 """Batches whose documents are sorted by length together, so that a batch holds documents of much the same length."""
@@ -238,20 +238,6 @@ class Distiller:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half)
 
 
-def divergence(
-    target: torch.Tensor, student: torch.Tensor, tv_weight: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, sum min(p, q) and whether the likeliest tokens agree, by position.  # [N, V], [N, V] -> [N] each"""
-    log_p = log_softmax(target.float(), dim=-1)
-    log_q = log_softmax(student.float(), dim=-1)
-    p = log_p.exp()
-    overlap = torch.minimum(p, log_q.exp()).sum(dim=-1)
-    # A token that the target forbids outright (-inf) has p log p = 0.
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
-    loss = (1.0 - tv_weight) * kl + tv_weight * (1.0 - overlap)
-    return loss, overlap.detach(), target.argmax(dim=-1) == student.argmax(dim=-1)
-
-
 def learning_rate(settings: DistilSettings, progress: float) -> float:
     """Linear warm-up, then half a cosine down to the final share."""
     if progress < settings.warmup:
@@ -259,41 +245,6 @@ def learning_rate(settings: DistilSettings, progress: float) -> float:
     rest = (progress - settings.warmup) / (1.0 - settings.warmup)
     wave = 0.5 * (1.0 + math.cos(math.pi * min(rest, 1.0)))
     return settings.learning_rate * (settings.final + (1.0 - settings.final) * wave)
-
-
-def body(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Hidden states after the final norm.  # [rows, length] -> [rows, length, D]"""
-    hidden: torch.Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return hidden
-
-
-def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits of hidden states, with what some families do to them.  # [N, D] -> [N, V]"""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    scaling = getattr(model.config, "logits_scaling", None)  # Granite
-    if scaling:
-        logits = logits / scaling
-    factor = getattr(model.config, "logit_scale", None)  # Cohere
-    if factor:
-        logits = logits * factor
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
-@torch.no_grad()
-def check_head(model: Any, device: torch.device) -> None:
-    """Refuse a target whose logits are not `head(body(...))`; training would learn the wrong law.
-
-    Raises:
-        UnsupportedModelError: they are not.
-    """
-    tokens = torch.arange(3, 11, device=device)[None]
-    whole = model(input_ids=tokens, use_cache=False).logits.float()
-    parts = head(model, body(model, tokens)).float()
-    if not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
-        raise UnsupportedModelError(
-            f"{model.config.model_type} does something to its logits that training does not know.", field="model"
-        )
 
 
 def _batches_by_length(lengths: IntArray, budget: int, rng: np.random.Generator | None) -> Iterator[IntArray]:

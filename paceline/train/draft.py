@@ -21,7 +21,7 @@ import torch
 from paceline.errors import ConfigError, CorruptFileError
 from paceline.model.draft_weights import fingerprint
 from paceline.model.loader import LoadedModel
-from paceline.train.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
+from paceline.train.checkpoint import has_checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
 from paceline.train.distil import Distiller, DistilSettings, Measurement
 from paceline.train.documents import Documents
 from paceline.train.export import Provenance, export_draft
@@ -84,18 +84,18 @@ def train_draft(
     documents = _text(folder, target, settings, events)
     distiller = Distiller(target, student, documents, settings.distil)
     history = _train(distiller, checkpoints, settings, documents, events)
-    own = int(documents.own.sum())
+    facts = {
+        "documents": len(documents.lengths),
+        "tokens": len(documents.tokens),
+        "own_tokens": int(documents.own.sum()),
+        "heldout_documents": len(distiller.heldout.lengths),
+        "settings": _written_with(folder),
+    }
     how = Provenance(
         command=command,
         layers=layers,
         intermediate=settings.intermediate,
-        text={
-            "documents": len(documents.lengths),
-            "tokens": len(documents.tokens),
-            "own_tokens": own,
-            "heldout_documents": len(distiller.heldout.lengths),
-            "settings": _written_with(folder),
-        },
+        text=facts,
         training=asdict(settings.distil),
         heldout=history[-1],
         history=history,
@@ -116,19 +116,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Train to the end, with measurements and checkpoints; returns all measurements."""
     data = f"{len(documents.tokens)} tokens in {len(documents.lengths)} documents"
-    history: list[dict[str, Any]] = []
-    found = load_checkpoint(checkpoints)
-    if found is not None:
-        tensors, facts = found
-        if facts["data"] != data:
-            raise ConfigError(
-                f"was begun on {facts['data']}, and there are {data} now.",
-                field=str(checkpoints),
-                fix="Give the same text and --tokens to go on, or --restart to train anew.",
-            )
-        distiller.restore(tensors, facts)
-        history = facts["history"]
-        events.say(f"going on from step {distiller.step}")
+    history = _resume(distiller, checkpoints, data, events)
 
     def save() -> None:
         tensors, facts = distiller.state()
@@ -161,6 +149,23 @@ def _train(
     return history
 
 
+def _resume(distiller: Distiller, checkpoints: Path, data: str, events: Events) -> list[dict[str, Any]]:
+    """Go on from the newest checkpoint; the measurements so far, none where there is none."""
+    found = load_checkpoint(checkpoints)
+    if found is None:
+        return []
+    tensors, facts = found
+    if facts["data"] != data:
+        raise ConfigError(
+            f"was begun on {facts['data']}, and there are {data} now.",
+            field=str(checkpoints),
+            fix="Give the same text and --tokens to go on, or --restart to train anew.",
+        )
+    distiller.restore(tensors, facts)
+    events.say(f"going on from step {distiller.step}")
+    return list(facts["history"])
+
+
 def _claim(run: Path, target: LoadedModel, settings: DraftSettings, layers: tuple[int, ...]) -> None:
     """Write the options down, or compare them with those of the run that is being gone on with."""
     path = run / "run.json"
@@ -168,7 +173,7 @@ def _claim(run: Path, target: LoadedModel, settings: DraftSettings, layers: tupl
     kept.pop("compile")  # changes the speed only
     wanted = json.loads(json.dumps({"layers": layers, "intermediate": settings.intermediate, **kept}))
     wanted = {"target": fingerprint(target), **wanted}
-    if not path.exists():
+    if not path.exists() or not has_checkpoint(run / "checkpoints"):  # nothing of another run would be mixed in
         run.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(wanted, indent=1), encoding="utf-8")

@@ -26,6 +26,7 @@ from paceline.errors import ConfigError, CorruptFileError
 from paceline.model.draft_weights import fingerprint, public_name
 from paceline.model.loader import LoadedModel
 from paceline.train.attention import use_library_attention
+from paceline.train.cache import roomy_cache
 from paceline.train.documents import Collection, Documents, clean, load_documents, load_shard, save_shard, shard_path
 from paceline.train.prompts import Kind, OpeningRule, Script, file_scripts, own_scripts
 
@@ -154,9 +155,7 @@ class BatchWriter:
     @torch.inference_mode()
     def run(self, on_progress: Progress = lambda _: None) -> Iterator[tuple[NDArray[np.int32], BoolArray]]:
         """Write the batch; (tokens, own) of every document."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self._model.config)
+        cache = roomy_cache(self._model.config, self._length)
         feed = self._given[:, 0, : self._common].long()
         self._out[:, : self._common] = feed.int()
         self._next_piece(self._place == self._given_len[:, 0])

@@ -28,10 +28,11 @@ pytestmark = pytest.mark.real_model
 SPECS = (
     "ngram:k=5",
     "recycling:k=24",
+    "suffix:k=16",
     "prediction:k=8",
     "draft:k=4,model=smollm2-135m",
     "draft:k=2,model=DROPPED",
-    "ngram:k=4+recycling:k=16+prediction:k=4",
+    "ngram:k=4+recycling:k=16+suffix:k=16+prediction:k=4",
     "auto",
     "ngram+draft:model=DROPPED@auto",
 )

@@ -43,6 +43,8 @@ SPECS = (
     "ngram@auto",
     "recycling:k=4",
     "recycling@auto",
+    "suffix:k=4",
+    "suffix@auto",
     "ngram:k=2+recycling:k=4",
     "draft:k=2,model=DRAFT",
     "ngram:k=2+recycling:k=4@priced",

@@ -26,9 +26,10 @@ VOCAB = 48
 SPECS = (
     "ngram:k=4",
     "recycling:k=12",
+    "suffix:k=12",
     "draft:k=3,model=DRAFT",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
-    "recycling+draft:model=DRAFT@auto",
+    "recycling+suffix+draft:model=DRAFT@auto",
 )
 MIXES: dict[str, dict[str, Any]] = {
     **OPTION_MIXES,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from paceline.cli import bench_spec, chat, demo, generate, options, profile, pull
+from paceline.cli import bench_spec, bench_systems, chat, demo, generate, options, profile, pull
 from paceline.cli.main import COMMANDS, main, parse_args
 from paceline.config import EngineConfig, SamplingParams
 from paceline.engine.builder import check_speculation
@@ -122,7 +122,9 @@ def examples(epilog: str) -> list[str]:
     return [line for line in lines if line.startswith("paceline ")]
 
 
-@pytest.mark.parametrize("module", [generate, chat, pull, demo, profile, bench_spec], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [generate, chat, pull, demo, profile, bench_spec, bench_systems], ids=lambda m: m.__name__
+)
 def test_help_examples_parse(module: Any) -> None:
     commands = examples(module.EPILOG)
     assert len(commands) >= 2
@@ -140,14 +142,14 @@ def test_demo_names_commands_that_parse() -> None:
         parse_args(shlex.split(command)[1:])
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "bench spec"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "bench spec", "bench systems", "train draft", "train vocab"])
 def test_every_help_has_a_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--help"])
     out = capsys.readouterr().out
     assert ended.value.code == 0
     assert "usage: paceline" in out
-    assert command == "bench" or "examples:" in out
+    assert command in ("bench", "train") or "examples:" in out
 
 
 def test_help_imports_nothing_heavy() -> None:

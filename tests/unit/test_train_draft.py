@@ -21,8 +21,9 @@ from paceline.model.draft_weights import build_on_target, load_draft, own_parame
 from paceline.model.loader import LoadedModel
 from paceline.model.packed_linear import PackedLinear, pack_linears
 from paceline.train.checkpoint import load_checkpoint, save_checkpoint
-from paceline.train.distil import Distiller, DistilSettings, body, divergence, head, learning_rate
+from paceline.train.distil import Distiller, DistilSettings, learning_rate
 from paceline.train.draft import DraftSettings, Events, train_draft
+from paceline.train.laws import body, divergence, head
 from paceline.train.student import choose_layers, make_student
 from paceline.train.write import WriteSettings
 
@@ -179,6 +180,11 @@ def test_other_options_are_refused(target: LoadedModel, finished: Path, tmp_path
     with pytest.raises(ConfigError, match="tokens in"):
         train_draft(target, run, replace(SETTINGS, tokens=4000))
     assert train_draft(target, run, other, restart=True).is_dir()
+    (run / "run.json").write_text("{")
+    with pytest.raises(CorruptFileError, match=r"run\.json.*--restart"):
+        train_draft(target, run, other)
+    shutil.rmtree(run / "checkpoints")
+    assert train_draft(target, run, SETTINGS).is_dir(), "without a checkpoint there is nothing to protect"
 
 
 def test_text_is_shared_by_several_drafts(target: LoadedModel, finished: Path, tmp_path: Path) -> None:

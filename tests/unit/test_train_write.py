@@ -15,6 +15,7 @@ from paceline.cli.numbers import amount
 from paceline.errors import ConfigError, CorruptFileError, InputError, UnsupportedModelError
 from paceline.model.loader import LoadedModel
 from paceline.train import vocab
+from paceline.train.attention import use_library_attention
 from paceline.train.documents import Documents, clean, join, load_documents, load_shard, loop_start, save_shard
 from paceline.train.prompts import Kind, chat_frame, file_scripts, own_scripts, read_prompts
 from paceline.train.write import BatchWriter, WriteSettings, read_text, write_text
@@ -91,6 +92,17 @@ def test_rows_that_end_leave_the_batch_and_the_others_go_on(base: LoadedModel) -
     assert sum(check_greedy(base, *documents[b]) for b in range(0, 48, 2)) > 100
     with pytest.raises(AssertionError):  # the others were drawn at temperature 1
         [check_greedy(base, *documents[b]) for b in range(1, 48, 2)]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2", "gpt2"])
+def test_other_families_write_too(architecture: str) -> None:
+    """Among them sliding windows shorter than the documents."""
+    target = make_loaded(architecture)
+    use_library_attention(target.model)
+    script, rule = own_scripts(target.tokenizer, target.eos_token_ids, turns=1)
+    settings = WriteSettings(length=64, batch=24)
+    documents = BatchWriter(target, [(script, 0.0)] * 24, rule, settings, 0).run()
+    assert sum(check_greedy(target, tokens.tolist(), own.tolist()) for tokens, own in documents) > 48
 
 
 def test_a_chat_model_writes_both_sides(chat: LoadedModel) -> None:

@@ -23,6 +23,7 @@ from paceline.outputs import Generation
 
 MAX_MODEL_LEN = 1024
 _KV_BYTES = 256 << 20
+_BATCH = 10
 
 
 class Context:
@@ -49,7 +50,7 @@ class Context:
         self.say = say
         self._llms: dict[tuple[Any, ...], LLM] = {}
         self._made: dict[Hashable, Any] = {}
-        self._plain: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+        self._plain: dict[tuple[tuple[int, ...], int, bool], tuple[int, ...]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -109,15 +110,25 @@ class Context:
             return llm.chat_prompt([{"role": "user", "content": text}])
         return list(llm.tokenizer.encode(text))[: llm.engine.max_model_len // 4]
 
-    def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
-        """What the target says without speculation, one request at a time; computed once."""
-        for done, prompt in enumerate(prompts):
-            key = (tuple(prompt), max_tokens)
-            if key not in self._plain:
-                self.say(f"Plain greedy outputs ({done + 1} of {len(prompts)})")
-                params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-                self._plain[key] = tokens_of(self.llm().generate([list(prompt)], params))[0]
-        return [self._plain[tuple(prompt), max_tokens] for prompt in prompts]
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, *, alone: bool = False
+    ) -> list[tuple[int, ...]]:
+        """What the target says without speculation; computed once.
+
+        Args:
+            prompts: token ids.
+            max_tokens: most output tokens.
+            alone: one request at a time, not in batches.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        missing = [list(p) for p in prompts if (tuple(p), max_tokens, alone) not in self._plain]
+        size = 1 if alone else _BATCH
+        for start in range(0, len(missing), size):
+            self.say(f"Plain greedy outputs ({start} of {len(missing)})")
+            group = missing[start : start + size]
+            for prompt, tokens in zip(group, tokens_of(self.llm().generate(group, params)), strict=True):
+                self._plain[tuple(prompt), max_tokens, alone] = tokens
+        return [self._plain[tuple(prompt), max_tokens, alone] for prompt in prompts]
 
     @cached_property
     def draft_model(self) -> str:

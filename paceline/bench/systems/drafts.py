@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from paceline.model.loader import LoadedModel
+from paceline.model.loader import LoadedModel, quiet
 
 _FIRST, _SHARE = 0.4, 2 / 15
 """Where the block begins that a model misses least, and its size: layers 12 to 15 of 30. Measured on SmolLM2-135M:
@@ -30,9 +30,10 @@ def save_without_middle(loaded: LoadedModel, folder: Path) -> Path:
 
 
 def _save(loaded: LoadedModel, folder: Path, kept: Sequence[int]) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
-    model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
-    model.config.num_hidden_layers = len(kept)
-    model.save_pretrained(folder)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
+        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in kept)
+        model.config.num_hidden_layers = len(kept)
+        model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder

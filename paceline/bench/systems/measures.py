@@ -61,9 +61,10 @@ def greedy_identity(context: Context, llm: LLM, test: str = "E0: greedy output e
     prompts, tokens = context.prompts(context.few(*PROMPTS)), context.few(*TOKENS)
     plain = context.greedy(prompts, tokens)
     context.say(test)
-    found = count(llm, prompts, SamplingParams(temperature=0.0, max_tokens=tokens))
+    found = count(llm, prompts, SamplingParams(temperature=0.0, max_tokens=tokens), one_by_one=False)
     same = sum(a == b for a, b in zip(found.outputs, plain, strict=True))
-    note = f"prompts of {len(prompts)}, up to {tokens} tokens, fp32; accepted length {found.mean_accepted_length:.2f}"
+    accepted = found.mean_accepted_length
+    note = f"prompts of {len(prompts)}, up to {tokens} tokens, fp32, one batch; accepted length {accepted:.2f}"
     return exactly(test, same, len(prompts), note), found
 
 
@@ -88,6 +89,14 @@ def law_p_value(counts: FloatArray, law: FloatArray) -> float:
     statistic = float(((observed - wanted) ** 2 / wanted).sum())
     half = torch.tensor([(len(wanted) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def combined_p_value(values: Sequence[float]) -> float:
+    """Of independent tests together, by Fisher's method: -2 sum log p is a chi-square with two degrees for each."""
+    if min(values) == 0.0:
+        return 0.0
+    half = -float(np.log(values).sum())
+    return float(torch.special.gammaincc(torch.tensor(float(len(values))).double(), torch.tensor(half).double()))
 
 
 def with_rule(llm: LLM, rule: AcceptanceRule) -> LLM:

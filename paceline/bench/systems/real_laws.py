@@ -17,6 +17,7 @@ from paceline.arrays import FloatArray
 from paceline.bench.laws import Context as Tokens
 from paceline.bench.laws import Draft, LawOf, ScriptedLaw, error_of
 from paceline.bench.systems.context import Context
+from paceline.bench.systems.measures import law_p_value
 from paceline.engine.sampling import Law, top_ids
 from paceline.llm import LLM
 from paceline.model.runner import ForwardBatch, SequenceInput
@@ -26,6 +27,10 @@ TOP = 8
 LENGTH = 2
 """Tokens whose joint law is compared."""
 _PREFIXES_PER_QUESTION = 5
+_SHORT = 60
+"""A draft model reads 512 prompt tokens in a step; eight rows of this length all draft in their first step."""
+_CONTEXTS = (50, 10)
+"""Full and quick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +48,18 @@ def real_laws(context: Context) -> list[RealLaws]:
     return found
 
 
-def law_error(context: Context, rule: AcceptanceRule, draft: Callable[[LawOf], Draft]) -> tuple[float, int]:
+def law_error(
+    context: Context, rule: AcceptanceRule, draft: Callable[[LawOf], Draft], *, most: int | None = None
+) -> tuple[float, int]:
     """Largest error of a joint probability that rule and drafter make at any context, and the number of contexts.
 
     Args:
         context: gives the laws.
         rule: its own code runs.
         draft: from the draft law to a drafter.
+        most: contexts looked at; all of them by default.
     """
-    laws = real_laws(context)
+    laws = real_laws(context)[:most]
     return max(error_of(rule, at.p, draft(at.q), at.vocab, LENGTH) for at in laws), len(laws)
 
 
@@ -86,9 +94,18 @@ def prefixes(context: Context, count: int) -> list[list[int]]:
     return found[:count]
 
 
+def hardest(context: Context, count: int) -> list[list[int]]:
+    """The contexts at which target and draft agree least: there a wrong rule shows with few runs. Short ones first."""
+    both = [[law(()).probabilities(at.vocab) for law in (at.p, at.q)] for at in real_laws(context)]
+    agree = [float(np.minimum(p, q).sum()) for p, q in both]
+    wanted = prefixes(context, context.few(*_CONTEXTS))
+    order = sorted(range(len(wanted)), key=lambda i: (len(wanted[i]) > _SHORT, agree[i]))
+    return [wanted[i] for i in order[:count]]
+
+
 def _measure(context: Context) -> list[RealLaws]:
     found = []
-    wanted = prefixes(context, context.few(50, 10))
+    wanted = prefixes(context, context.few(*_CONTEXTS))
     for done, prefix in enumerate(wanted):
         context.say(f"Laws of the real model ({done + 1} of {len(wanted)} contexts)")
         found.append(_at(context.llm(), context.draft_llm, prefix))
@@ -129,6 +146,26 @@ def uniform_law(vocab: int) -> LawOf:
     flat = ScriptedLaw(np.zeros(vocab), np.arange(vocab, dtype=np.int64))
     end = ScriptedLaw(np.zeros(1), np.zeros(1, dtype=np.int64))
     return lambda path: flat if len(path) < LENGTH else end
+
+
+def pairs_p_value(llm: LLM, prefix: Sequence[int], pairs: Sequence[tuple[int, int]], top: int) -> float:
+    """Of the chi-square of the first two tokens of many runs against their exact joint law at temperature 1.
+
+    Args:
+        llm: the target.
+        prefix: the prompt of the runs.
+        pairs: their first two tokens.
+        top: the runs' top-k.
+    """
+    first = top_ids(next_rows(llm, prefix)[0], top).tolist()
+    joint = joint_law(next_rows(llm, prefix, first), first, top)
+    counts = np.zeros_like(joint)
+    for a, b in pairs:
+        if a not in first:
+            return 0.0
+        counts[first.index(a), b] += 1
+    used = (joint > 0).any(axis=0) | (counts > 0).any(axis=0)  # second tokens that never come need no cells
+    return law_p_value(counts[:, used], joint[:, used])
 
 
 def joint_law(rows: NDArray[np.float32], tokens: Sequence[int], top: int) -> FloatArray:

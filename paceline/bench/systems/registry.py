@@ -15,7 +15,7 @@ from paceline.errors import InputError
 
 # fmt: off
 SYSTEMS: tuple[System, ...] = (
-    System(1, "smartspec", "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", "2406.14066", "speculation"),
+    System(1, "smartspec", "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", "2406.14066", "speculation", "paceline.bench.systems.smartspec:run"),
     System(2, "specdec++", "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate Lengths", "2405.19715", "speculation"),
     System(3, "l1", "L1: Controlling How Long A Reasoning Model Thinks With Reinforcement Learning", "2503.04697", "length control"),
     System(4, "concise-thoughts", "Concise Thoughts: Impact of Output Length on LLM Reasoning and Cost", "2407.19825", "length control"),
@@ -29,12 +29,12 @@ SYSTEMS: tuple[System, ...] = (
     System(12, "pearl", "Parallel Speculative Decoding with Adaptive Draft Length", "2408.11850", "speculation"),
     System(13, "decoding-sd", "Decoding Speculative Decoding", "2402.01528", "speculation"),
     System(14, "length-correlations", "A Long Way to Go: Investigating Length Correlations in RLHF", "2310.03716", "length bias"),
-    System(15, "ems-sd", "EMS-SD: Efficient Multi-sample Speculative Decoding for Accelerating Large Language Models", "2405.07542", "speculation"),
+    System(15, "ems-sd", "EMS-SD: Efficient Multi-sample Speculative Decoding for Accelerating Large Language Models", "2405.07542", "speculation", "paceline.bench.systems.ems_sd:run"),
     System(16, "skippredict", "SkipPredict: When to Invest in Predictions for Scheduling", "2402.03564", "scheduling"),
     System(17, "c3ot", "C3oT: Generating Shorter Chain-of-Thought without Compromising Effectiveness", "2412.11664", "length control"),
     System(18, "really-long", "Is It Really Long Context if All You Need Is Retrieval? Towards Genuinely Difficult Long Context NLP", "2407.00402", "long context"),
     System(19, "length-probing", "Black-box language model explanation by context length probing", "2212.14815", "long context"),
-    System(20, "bass", "BASS: Batched Attention-optimized Speculative Sampling", "2404.15778", "speculation"),
+    System(20, "bass", "BASS: Batched Attention-optimized Speculative Sampling", "2404.15778", "speculation", "paceline.bench.systems.bass:run"),
     System(21, "length-generalization", "Exploring Length Generalization in Large Language Models", "2207.04901", "long context"),
     System(22, "svip", "Draft Model Knows When to Stop: A Self-Verification Length Policy for Speculative Decoding", "2411.18462", "speculation"),
     System(23, "o3-mini", "The Relationship Between Reasoning and Performance in Large Language Models - o3 (mini) Thinks Harder, Not Longer", "2502.15631", "length control"),
@@ -44,7 +44,7 @@ SYSTEMS: tuple[System, ...] = (
     System(27, "financial-reports", "Numerical Reasoning for Financial Reports", "2312.14870", "applications"),
     System(28, "easyspec", "EasySpec: Layer-Parallel Speculative Decoding for Efficient Multi-GPU Utilization", "2502.02493", "speculation"),
     System(29, "longwriter", "LongWriter: Unleashing 10,000+ Word Generation from Long Context LLMs", "2408.07055", "long context"),
-    System(30, "token-recycling", "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling", "2408.08696", "speculation"),
+    System(30, "token-recycling", "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling", "2408.08696", "speculation", "paceline.bench.systems.token_recycling:run"),
     System(31, "lc-alpacaeval", "Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators", "2404.04475", "length bias"),
     System(32, "relay-attention", "RelayAttention for Efficient Large Language Model Serving with Long System Prompts", "2402.14808", "scheduling"),
     System(33, "s3", "S^3: Increasing GPU Utilization during Generative Inference for Higher Throughput", "2306.06000", "scheduling"),
@@ -76,7 +76,7 @@ SYSTEMS: tuple[System, ...] = (
     System(59, "odin", "ODIN: Disentangled Reward Mitigates Hacking in RLHF", "2402.07319", "length bias"),
     System(60, "unseen-questions", "Answering Unseen Questions With Smaller Language Models Using Rationale Generation and Dense Retrieval", "2308.04711", "applications"),
     System(61, "cot-valve", "CoT-Valve: Length-Compressible Chain-of-Thought Tuning", "2502.09601", "length control"),
-    System(62, "spec-bench", "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey of Speculative Decoding", "2401.07851", "speculation"),
+    System(62, "spec-bench", "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey of Speculative Decoding", "2401.07851", "speculation", "paceline.bench.systems.spec_bench:run"),
     System(63, "glide-cape", "GliDe with a CaPE: A Low-Hassle Method to Accelerate Speculative Decoding", "2402.02082", "speculation"),
     System(64, "fr-spec", "FR-Spec: Accelerating Large-Vocabulary Language Models via Frequency-Ranked Speculative Sampling", "2502.14856", "speculation"),
 )
