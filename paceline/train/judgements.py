@@ -25,8 +25,8 @@ from paceline.errors import CorruptFileError
 from paceline.model.loader import LoadedModel
 from paceline.plan.heads import TOP
 from paceline.train.attention import use_library_attention
-from paceline.train.distil import body, head
 from paceline.train.documents import Documents
+from paceline.train.laws import body, head
 
 _ROWS = 256
 """Places whose laws are in memory at once."""
