@@ -75,14 +75,15 @@ class Judge:
             path = folder / f"part-{number:05d}.safetensors"
             which = np.arange(start, min(start + _PART, count))
             if not path.exists():
-                made = self._part(documents, which, number)
+                made = self.part(documents, which, number)
                 _save(path, made)
             parts.append(_load(path))
             on_progress(min(start + _PART, count) / count)
         return Judgements(*(torch.cat([getattr(p, name) for p in parts]) for name in Judgements.__dataclass_fields__))
 
     @torch.inference_mode()
-    def _part(self, documents: Documents, which: IntArray, number: int) -> Judgements:
+    def part(self, documents: Documents, which: IntArray, number: int) -> Judgements:
+        """Places of some documents; `number` seeds the draws."""
         rng = torch.Generator(self._device).manual_seed(self._seed * 1_000_003 + number)
         longest = int(documents.lengths[which].max())
         tokens = torch.zeros((len(which), longest), dtype=torch.int64)

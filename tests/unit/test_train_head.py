@@ -57,7 +57,7 @@ def test_labels_of_a_draft_that_is_the_target() -> None:
     places = int(texts.own.sum())
     for mixing in (0.0, 0.15, 1.0):
         judge = Judge(make_loaded(), make_loaded(), kind="acceptance", mixing=mixing, seed=0)
-        made = judge._part(texts, np.arange(40), 0)
+        made = judge.part(texts, np.arange(40), 0)
         torch.testing.assert_close(made.accepted, torch.ones(len(made.accepted)), atol=1e-4, rtol=0.0)
         assert len(made.accepted) / places == pytest.approx(1.0 - mixing, abs=0.05)
 
@@ -67,7 +67,7 @@ def test_labels_of_another_draft_are_likelihood_ratios() -> None:
     target, draft = make_loaded(seed=0, initializer_range=0.3), make_loaded(seed=5, initializer_range=0.3)
     texts = documents(count=60)
     judge = Judge(target, draft, kind="decision", mixing=0.15, seed=0)
-    made = judge._part(texts, np.arange(60), 0)
+    made = judge.part(texts, np.arange(60), 0)
     tokens = torch.from_numpy(texts.tokens.astype(np.int64)).view(60, 24)
     with torch.no_grad():
         p, q = (m.model(input_ids=tokens, use_cache=False).logits.softmax(-1)[:, 5:-1] for m in (target, draft))
