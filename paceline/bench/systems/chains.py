@@ -29,6 +29,8 @@ from paceline.verify.rejection import RejectionRule
 
 LONGEST = 12
 """Tokens of a chain."""
+QUESTIONS = 14
+"""Chains are recorded on the first so many."""
 _VOCAB = 16
 _ROOT = np.zeros(1, dtype=np.int64)
 
@@ -123,8 +125,8 @@ def _record(context: Context) -> Chains:
     llm.engine.stages = replace(stages, policy=recorder)
     context.say("Recording chains of the draft")
     try:
-        params = SamplingParams(temperature=1.0, max_tokens=context.few(96, 32), seed=5)
-        count(with_rule(llm, rule), context.prompts(context.few(40, 6)), params)
+        params = SamplingParams(temperature=1.0, max_tokens=context.few(160, 32), seed=5)
+        count(with_rule(llm, rule), context.prompts(context.few(QUESTIONS, 6)), params)
     finally:
         llm.engine.stages = stages
         with_rule(llm, RejectionRule())

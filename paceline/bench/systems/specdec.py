@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from paceline.bench.systems.base import Row, at_least, at_most, suite
-from paceline.bench.systems.chains import LONGEST, Chains, matched, recorded
-from paceline.bench.systems.context import Context, tokens_of
+from paceline.bench.systems.chains import LONGEST, QUESTIONS, Chains, matched, recorded
+from paceline.bench.systems.context import Context
 from paceline.config import SamplingParams
 from paceline.model.loader import load_model
 from paceline.plan.heads import AcceptanceHead
@@ -19,8 +19,8 @@ from paceline.train.acceptance_head import HeadSettings, HeadTrainer, auc, open_
 from paceline.train.documents import Documents, join
 from paceline.train.judgements import Judge, Judgements
 
-_SKIP = 40
-"""Questions that chains are recorded on; heads learn from the others."""
+_SAMPLES = 8
+"""Answers to each question that heads learn from."""
 
 
 def judgements(context: Context, kind: str) -> Judgements:
@@ -57,25 +57,30 @@ def _groups(count: int) -> Sequence[np.ndarray]:
 
 def _answers(context: Context) -> Documents:
     context.say("Writing answers")
-    prompts = context.prompts(_SKIP + context.few(160, 24))[_SKIP:]
-    params = SamplingParams(temperature=1.0, max_tokens=context.few(128, 48), seed=9)
-    answers = tokens_of(context.llm().generate(prompts, params))
-    pairs = [
-        (np.array([*p, *a], dtype=np.int32), np.arange(len(p) + len(a)) >= len(p))
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    return join(pairs)
+    prompts = context.prompts(len(context.questions))[QUESTIONS:]
+    longest, samples = context.few(128, 48), context.few(_SAMPLES, 2)
+    params = SamplingParams(temperature=1.0, max_tokens=longest, seed=9, n=samples)
+    made = context.llm().generate(prompts, params)
+    pairs = [(p, output.token_ids) for p, answers in zip(prompts, made, strict=True) for output in answers.outputs]
+    return join([(np.array([*p, *a], dtype=np.int32), np.arange(len(p) + len(a)) >= len(p)) for p, a in pairs])
 
 
 def _auc(context: Context) -> Iterator[Row]:
     """Held-out AUC of the judgement, and the control."""
     found = trained(context, HeadSettings()).measure()
-    yield at_least("held-out AUC", found.auc, 0.70, f"{found.places} draft tokens of other answers, soft labels")
+    yield at_least(
+        "held-out AUC",
+        found.auc,
+        0.70,
+        f"{found.places} draft tokens of answers not trained on (to the same questions), soft labels",
+    )
     control = trained(context, HeadSettings(), shuffled=True)
     judged, accepted = _judged(recorded(context), control)
     yield at_most("control: AUC after shuffled labels", auc(judged, accepted), 0.60, "on recorded chains")
     judged, accepted = _judged(recorded(context), trained(context, HeadSettings()))
-    yield at_least("AUC in use", auc(judged, accepted), 0.70, f"{len(judged)} tested tokens of recorded chains")
+    yield at_least(
+        "AUC in use", auc(judged, accepted), 0.70, f"{len(judged)} tested tokens of recorded chains, other questions"
+    )
 
 
 def _judged(chains: Chains, trainer: HeadTrainer) -> tuple[np.ndarray, np.ndarray]:
