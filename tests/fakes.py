@@ -17,6 +17,8 @@ from paceline.engine.builder import build_engine
 from paceline.llm import LLM
 from paceline.model import attention as _attention  # noqa: F401  registers the attention function
 from paceline.model.loader import LoadedModel
+from paceline.plan.heads import AcceptanceHead, DecisionHead, Head, save_head
+from paceline.plan.registry import POLICIES
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -160,3 +162,36 @@ def make_byte_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
     """A random tiny model that writes bytes, for output with a grammar."""
     loaded = make_loaded(vocab_size=BYTE_VOCAB, seed=seed, **changes)
     return replace(loaded, tokenizer=make_byte_tokenizer())
+
+
+def make_head(policy: str, hidden_size: int = 64) -> Head:
+    """The kind of head that a policy needs, with random weights: its judgements differ from token to token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head: Head = DecisionHead() if policy == "decision" else AcceptanceHead(hidden_size, blocks=2)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.normal_(0.0, 0.5 if policy == "decision" else 0.2)
+    return head.eval()
+
+
+def head_options(policy: str) -> dict[str, Any]:
+    """The options that a policy cannot do without, as `check_policy` would make them."""
+    return {option: make_head(policy) for option in POLICIES[policy].required}
+
+
+def save_heads(folder: Path, hidden_size: int) -> Path:
+    """A head for every policy that needs one, each in a folder of its policy's name."""
+    for policy in POLICIES:
+        if POLICIES[policy].required:
+            (folder / policy).mkdir(parents=True)
+            save_head(folder / policy, make_head(policy, hidden_size), {})
+    return folder
+
+
+def with_head(policy: str, folder: Path) -> str:
+    """A policy of a spec, with the head it cannot do without."""
+    name, _, options = policy.partition(":")
+    if not name or not POLICIES[name].required or "head=" in options:
+        return policy
+    return f'{name}:head="{folder / name}"' + ("," + options if options else "")

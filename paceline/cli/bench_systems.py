@@ -48,6 +48,7 @@ def register(kinds: Any) -> None:
         help="folder, GGUF file, hub id or built-in name (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="fewer prompts and tokens")
+    parser.add_argument("--draft", metavar="DRAFT", help="draft model (default: the target without some layers)")
     parser.add_argument(
         "--traces",
         metavar="DIR",
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     console = options.stderr_console()
     rows: list[Row] = []
     stopped: KeyboardInterrupt | None = None
-    context = Context(args.model, quick=args.quick, traces=traces)
+    context = Context(args.model, quick=args.quick, draft=args.draft, traces=traces)
     try:
         for row in _measure(systems, context, console):
             rows.append(row)

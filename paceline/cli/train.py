@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-KINDS = ("draft", "vocab")
+KINDS = ("draft", "vocab", "acceptance-head")
 
 
 def register(subparsers: Any) -> None:
@@ -18,4 +18,4 @@ def register(subparsers: Any) -> None:
     )
     kinds = train.add_subparsers(title="kinds", metavar="KIND", required=True)
     for kind in KINDS:
-        importlib.import_module(f"paceline.cli.train_{kind}").register(kinds)
+        importlib.import_module(f"paceline.cli.train_{kind.replace('-', '_')}").register(kinds)

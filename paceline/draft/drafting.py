@@ -68,8 +68,9 @@ class Drafting:
         budgets = np.minimum(plan.budgets, plan.limits[drafter.name]).tolist()
         name, acceptance = drafter.name, plan.acceptance[drafter.name]
         depth = plan.depths.get(name)
+        keep = None if name in plan.fixed else plan.keep_drafting
         contexts = [
-            DraftContext(item.request, _budget(item.request, name, budget), i, depth, acceptance[i], plan.keep_drafting)
+            DraftContext(item.request, _budget(item.request, name, budget), i, depth, acceptance[i], keep)
             for i, (item, budget) in enumerate(zip(batch.sampling, budgets, strict=True))
         ]
         try:

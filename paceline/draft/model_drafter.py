@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +126,12 @@ class ModelDrafter:
         self._guesser = guesser
         self.prior = shape.prior
         self.width = shape.width
+
+    @property
+    def hidden_size(self) -> int:
+        """Of the draft model's last hidden states."""
+        config: Any = self.model.runner.model.config
+        return int(config.hidden_size)
 
     @property
     def blocks(self) -> BlockManager:
@@ -261,6 +268,7 @@ class ModelDrafter:
         hidden = None
         if keep.wants_hidden:
             hidden = torch.stack([t.scratch.hidden[t.fed[s.node]] for t, s in zip(trees, newest, strict=True)])
+        top = np.stack([s.top_probabilities(_TOP) for s in newest]) if keep.wants_top_probabilities else None
         return DraftProgress(
             depth=depth,
             rows=np.array([tree.context.row for tree in trees], dtype=np.int64),
@@ -270,7 +278,7 @@ class ModelDrafter:
             entropy=np.array([max(s.entropy for s in tree.scored) for tree in trees]),
             confidence=np.array([scored.confidence for scored in newest]),
             hidden=hidden,
-            top_probabilities=np.stack([s.top_probabilities(_TOP) for s in newest]) if keep.wants_hidden else None,
+            top_probabilities=top,
         )
 
     def _learn(self, tree: _Tree) -> None:

@@ -145,9 +145,10 @@ class Scored:
         return float(np.log(self._total) - (self._weights * finite).sum() / self._total)
 
     def top_probabilities(self, count: int) -> FloatArray:
-        """The largest raw probabilities, descending.  # [count]"""
-        best = np.sort(np.partition(self._weights, len(self._weights) - count)[-count:])[::-1]
-        return best.astype(np.float64) / self._total
+        """The largest raw probabilities, descending; 0 beyond the vocabulary.  # [count]"""
+        known = min(count, len(self._weights))
+        best = np.sort(np.partition(self._weights, len(self._weights) - known)[-known:])[::-1]
+        return np.pad(best.astype(np.float64) / self._total, (0, count - known))
 
     def _words(self, draw: int = 0) -> NDArray[np.uint32]:
         noise = Noise(self.request.seed, self.request.sample_index)

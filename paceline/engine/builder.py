@@ -253,4 +253,5 @@ def _limits(wanted: DrafterSpec, drafter: Drafter, shape: TreeShape, *, is_fixed
     given = wanted.maximum if wanted.k is None else wanted.k
     most = drafters.entry(wanted.name).most if given is None else given
     by_rank = drafter.cost_per_token and shape.by_rank
-    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width, by_rank)
+    hidden_size: int | None = getattr(drafter, "hidden_size", None)  # only draft models have hidden states
+    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width, by_rank, hidden_size)

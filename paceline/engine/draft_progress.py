@@ -34,6 +34,8 @@ class KeepDrafting(Protocol):
 
     wants_hidden: bool
     """Whether it reads `DraftProgress.hidden`."""
+    wants_top_probabilities: bool
+    """Whether it reads `DraftProgress.top_probabilities`."""
 
     def keep(self, progress: DraftProgress) -> BoolArray:
         """Who goes on.  # [n]"""

@@ -109,7 +109,7 @@ class SpecPlan:
     depths: Mapping[str, int] = field(default_factory=dict)
     """Most forwards of drafters that take their own; without an entry, as many as their limit."""
     keep_drafting: KeepDrafting | None = None
-    """Who takes another draft forward; None: everyone whose budget is not used up."""
+    """Who takes another draft forward; None: everyone whose budget is not used up (and always, of a fixed drafter)."""
     slot_price: float | None = None
     """Set where the plan itself found that no node would be worth its slot."""
 

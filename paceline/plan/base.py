@@ -32,6 +32,8 @@ class DrafterLimits:
     fixed: bool = False
     width: float = 1.0
     by_rank: bool = False
+    hidden_size: int | None = None
+    """Of a draft model's hidden states, which a policy's head must fit."""
 
 
 class LengthPolicy(Protocol):

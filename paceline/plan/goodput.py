@@ -24,10 +24,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from paceline.arrays import BoolArray, FloatArray, IntArray
+from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.request import Request
 from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
 from paceline.plan.base import DrafterLimits, Sampling, sampling
 from paceline.plan.cost_model import CostModel
+from paceline.plan.draft_levels import DraftLevels
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.plan.usage import Usage
 
@@ -40,8 +42,6 @@ _URGENCY = 8.0
 """Most that a deadline multiplies a request's weight by."""
 _EVERY_STEP = 64
 """First steps, in which costs are learned and read anew every time; later every `_KEEP_STEPS`."""
-_NET_MEMORY = 0.7
-"""Of what each depth is worth: the best of noisy values is mostly noise, and depths that change cost most."""
 _KEEP_STEPS = 8
 _KEPT_TIMES = 64
 
@@ -151,7 +151,7 @@ class GoodputLength:
         self._usage = Usage()
         self._step = 0
         self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
-        self._net: dict[str, FloatArray] = {}  # by drafter, what each depth is worth  # [most]
+        self._levels = DraftLevels(estimates, cost, self._usage, dynamic=len(self._costly) == 1)
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
         self._last_times: FloatArray | None = None
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
@@ -166,7 +166,7 @@ class GoodputLength:
         times = self._times(batch, asked, min(room, _MAX_BUCKET))
         self._last_times = times.seconds
         goodput = self._goodput.at(len(asked), times.plain)
-        limits, depths = self._limits(asked, times, goodput)
+        limits, depths, stop = self._limits(asked, times, goodput)
         if not limits:
             return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
@@ -177,6 +177,7 @@ class GoodputLength:
             acceptance=self._estimates.of_batch(asked.requests, asked.rows, limits),
             limits=limits,
             depths=depths,
+            keep_drafting=stop,
             cut=PricedCut(times.seconds, goodput, self._share, self._protect, weights),
             fixed=self._fixed,
             weights=weights,
@@ -237,45 +238,24 @@ class GoodputLength:
 
     def _limits(
         self, asked: Sampling, times: _StepTimes, goodput: float
-    ) -> tuple[dict[str, int | IntArray], dict[str, int]]:
-        """Most nodes of every drafter that is asked, and most forwards of those that take their own."""
+    ) -> tuple[dict[str, int | IntArray], dict[str, int], KeepDrafting | None]:
+        """Most nodes of every drafter that is asked, most forwards of those that take their own, and who goes on."""
         limits: dict[str, int | IntArray] = {}
         depths: dict[str, int] = {}
+        stop = None
         plain, worthless = times.seconds.item(0), times.best_rate <= goodput
         for d in self._drafters:
             if d.fixed or not d.most:
                 depth = d.most
             elif d.cost_per_token:
-                depths[d.name] = self._depth(d, asked, times.seconds, goodput)
+                depths[d.name], stop = self._levels.plan(d, asked, self._step, times.seconds, goodput)
                 depth = min(round(depths[d.name] * d.width), d.most)
             else:
                 wanted = self._usage.wanted(d.name, self._step, len(asked), goodput, plain, worthless)
                 depth = d.most if wanted else 0
             if depth:
                 limits[d.name] = depth
-        return limits, depths
-
-    def _depth(self, drafter: DrafterLimits, asked: Sampling, times: FloatArray, goodput: float) -> int:
-        """The depth at which a draft model's next forward for the whole batch stops paying.
-
-        A depth is worth the tokens that the best nodes down to it are expected to bring, after they have paid for
-        their slots and for the forwards that draft them.
-        """
-        count, levels = len(asked), max(int(drafter.most / drafter.width), 1)
-        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, levels)  # [count, levels]
-        survival = survival * (np.arange(levels) < asked.room[:, None])
-        order = np.argsort(-survival, axis=None, kind="stable")[: len(times) - 1]
-        ranked, depths = survival.ravel()[order], order % levels
-        taken = depths[None] <= np.arange(levels)[:, None]  # [levels, count * levels]
-        slots = np.minimum((drafter.width * np.cumsum(taken, axis=1)).astype(np.int64), len(times) - 1)
-        gain = np.cumsum(ranked * taken, axis=1) - goodput * (times[slots] - times[0])
-        costs = np.array([self._cost.draft_seconds(drafter.name, d, count) for d in range(levels + 1)])
-        net = np.maximum(gain.max(axis=1), 0.0) - goodput * costs[1:]
-        net = self._net[drafter.name] = _NET_MEMORY * self._net.get(drafter.name, net) + (1.0 - _NET_MEMORY) * net
-        depth = int(net.argmax()) + 1 if net.max() > 0.0 else 0
-        if depth < levels:
-            depth += self._usage.probe(drafter.name, self._step, costs[depth + 1] - costs[depth], float(times[0]))
-        return depth
+        return limits, depths, stop
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
         """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""

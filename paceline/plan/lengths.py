@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paceline.arrays import IntArray
+from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.types import Cut, SpecPlan
 from paceline.plan.base import PLAIN, DrafterLimits, Sampling
 from paceline.plan.survival import AcceptanceEstimates
@@ -18,6 +19,7 @@ def plan_lengths(
     drafters: Sequence[DrafterLimits],
     estimates: AcceptanceEstimates,
     cut: Cut | None = None,
+    keep_drafting: KeepDrafting | None = None,
 ) -> SpecPlan:
     """Ask every drafter for `lengths[i]` nodes (at most its cap) for request i; all are verified unless `cut` drops
     some. A drafter with a fixed length keeps it.
@@ -28,6 +30,7 @@ def plan_lengths(
         drafters: who is asked.
         estimates: for the order of nodes when memory runs short.
         cut: see `SpecPlan.cut`.
+        keep_drafting: see `SpecPlan.keep_drafting`.
     """
     limits: dict[str, int | IntArray] = {
         d.name: d.most if d.fixed else np.minimum(lengths, d.most)
@@ -44,4 +47,5 @@ def plan_lengths(
         limits=limits,
         cut=cut,
         fixed=frozenset(d.name for d in drafters if d.fixed),
+        keep_drafting=keep_drafting,
     )

@@ -27,23 +27,49 @@ def _probability(text: str) -> float:
     return value
 
 
+def _head(kind: str) -> Callable[[str], Any]:
+    """Reads a head's folder, so that a damaged one is found before any model is loaded."""
+
+    def load(text: str) -> Any:
+        from paceline.plan.heads import load_head
+
+        return load_head(text, kind)
+
+    return load
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
-    """Where a policy lives, the options it takes, and whether it needs the cost model."""
+    """Where a policy lives, the options it takes, whether it needs the cost model, and, of options that must be given,
+    how to come by a value."""
 
     path: str
     options: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
     priced: bool = False
+    required: Mapping[str, str] = field(default_factory=dict)
 
+
+_TRAIN = "paceline train acceptance-head MODEL --draft DRAFT --out RUN"
 
 POLICIES: dict[str, PolicyEntry] = {
     "auto": PolicyEntry("paceline.plan.goodput:GoodputLength", {"share": _share, "protect": _share}, priced=True),
     "bass": PolicyEntry("paceline.plan.bass:BassLength"),
+    "decision": PolicyEntry(
+        "paceline.plan.decision:DecisionLength",
+        {"head": _head("decision"), "p": _probability},
+        required={"head": f"{_TRAIN} --kind decision"},
+    ),
     "fixed": PolicyEntry("paceline.plan.fixed:FixedLength"),
     "heuristic": PolicyEntry("paceline.plan.heuristic:HeuristicLength"),
     "sequoia": PolicyEntry("paceline.plan.sequoia:SequoiaLength", priced=True),
     "smartspec": PolicyEntry("paceline.plan.smartspec:SmartSpec", priced=True),
     "smartspec-request": PolicyEntry("paceline.plan.smartspec_request:SmartSpecPerRequest", priced=True),
+    "specdec++": PolicyEntry(
+        "paceline.plan.specdec:SpecDecLength",
+        {"head": _head("acceptance"), "h": _probability},
+        required={"head": _TRAIN},
+    ),
+    "svip": PolicyEntry("paceline.plan.svip:SvipLength", {"h": _share, "c": _share}),
     "threshold": PolicyEntry("paceline.plan.threshold:ThresholdLength", {"p": _probability}),
 }
 
@@ -52,7 +78,8 @@ def check_policy(name: str, options: Mapping[str, str]) -> dict[str, Any]:
     """The typed options of a policy.
 
     Raises:
-        SpeculationSpecError: an unknown policy, an option it does not take, or a value it cannot have.
+        SpeculationSpecError: an unknown policy, an option it does not take or needs, or a value it cannot have.
+        ModelError: a head that it names cannot be used.
     """
     if name not in POLICIES:
         raise SpeculationSpecError(
@@ -68,6 +95,13 @@ def check_policy(name: str, options: Mapping[str, str]) -> dict[str, Any]:
             parsed[key] = known[key](value)
         except ValueError as error:
             raise SpeculationSpecError(f"policy {name}: {key}={value} is impossible ({error}).") from error
+    for key, command in POLICIES[name].required.items():
+        if key not in parsed:
+            raise SpeculationSpecError(
+                f"policy {name} needs {key}=FOLDER.",
+                field="speculation",
+                fix=f"Write @{name}:{key}=RUN/{key} after `{command}`.",
+            )
     return parsed
 
 

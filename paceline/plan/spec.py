@@ -12,6 +12,7 @@ quoted. Which drafters and options exist is checked where they are built.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -130,7 +131,7 @@ def _with_default_k(drafter: DrafterSpec, k: str | None, text: str) -> DrafterSp
 
 def _named(part: str) -> tuple[str, dict[str, str]]:
     name, colon, rest = part.strip().partition(":")
-    if not name or not name.replace("_", "").replace("-", "").isalnum():
+    if not re.fullmatch(r"[\w-]+\+*", name):  # a policy's name may end in plus signs
         raise _error(f"{name!r} is not a name", part)
     options: dict[str, str] = {}
     for item in _split(rest, ",") if colon else ():

@@ -35,10 +35,15 @@ class Tiny:
     loaded: LoadedModel
     plain: torch.nn.Module
     draft: Path
+    heads: Path
+    """Untrained heads that fit the draft, by kind."""
 
     def llm(self, speculation: str, **options: Any) -> LLM:
-        """An LLM with room for many requests at once; `DRAFT` in the spec stands for the draft model's folder."""
+        """An LLM with room for many requests at once; `DRAFT` in the spec stands for the draft model's folder, and a
+        policy that needs a head gets one."""
         spec = speculation.replace("DRAFT", f'"{self.draft}"')
+        spec, at, policy = spec.partition("@")
+        spec += at + fakes.with_head(policy, self.heads)
         return fakes.make_llm(self.loaded, speculation=spec, **{**_WIDE, **options})
 
 
@@ -53,7 +58,8 @@ def make_tiny(folder: Path, **changes: Any) -> Tiny:
         draft.lm_head.weight.add_(torch.randn_like(draft.lm_head.weight) * 0.2)
     draft.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    return Tiny(loaded, fakes.make_model(fakes.make_config(**shape), attention="eager"), folder)
+    heads = fakes.save_heads(folder / "heads", int(draft.config.hidden_size))
+    return Tiny(loaded, fakes.make_model(fakes.make_config(**shape), attention="eager"), folder, heads)
 
 
 def exact_joint(model: torch.nn.Module, params: SamplingParams, stop_ids: tuple[int, ...] = (2,)) -> Floats:

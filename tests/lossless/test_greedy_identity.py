@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import save_heads, with_head
 from lossless.real import chat_prompts, logits_in_chunks, real_llm, spec_bench
 
 from paceline import LLM, SamplingParams
@@ -96,10 +97,11 @@ def test_fp32_text_is_the_same(
 
 @pytest.mark.parametrize("policy", sorted({*POLICIES} - {"auto", "fixed"}))
 def test_fp32_text_is_the_same_under_every_policy(
-    real_model: LoadedModel, prompts: list[list[int]], expected: list[Generation], policy: str
+    real_model: LoadedModel, prompts: list[list[int]], expected: list[Generation], policy: str, tmp_path: Path
 ) -> None:
     """The others beside `auto` and `fixed`: the first 16 tokens, in a batch of four."""
-    llm = real_llm(real_model, f"ngram:max=4+recycling:max=12@{policy}")
+    named = with_head(policy, save_heads(tmp_path, int(real_model.config.hidden_size)))
+    llm = real_llm(real_model, f"ngram:max=4+recycling:max=12@{named}")
     found = llm.generate(prompts, _params(16))
     assert [g.token_ids for g in found] == [g.token_ids[:16] for g in expected]
     assert sum(g.stats.accepted_tokens for g in found) > 0 or POLICIES[policy].priced

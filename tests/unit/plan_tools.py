@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import fakes
 import numpy as np
 import torch
 from engine_tools import greedy, make_request
@@ -19,6 +20,7 @@ from engine_tools import greedy, make_request
 from paceline import RequestSpeculation
 from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
 from paceline.draft.drafting import Drafting
+from paceline.engine.draft_progress import DraftProgress
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.feedback import step_stats
 from paceline.engine.request import Request
@@ -73,7 +75,8 @@ def cost_of(seconds: Seconds, draft: Mapping[str, DraftCost] | None = None, *, a
 class SimDrafter:
     """Proposes chains whose nodes are right with the stated odds.
 
-    `key(rng, step, depth)` is the class a node claims and `odds(step, key, request)` the chance that it is right.
+    `key(rng, step, depth)` is the class a node claims and `odds(step, key, request)` the chance that it is right. If it
+    takes forwards of its own it asks the plan after each one who goes on.
     """
 
     name: str = "ngram"
@@ -91,22 +94,55 @@ class SimDrafter:
     world: World | None = None
     budgets: list[int] = field(default_factory=list)
     """What it was asked for in the last step it was asked."""
+    levels: int = 0
+    """Forwards it took in that step."""
     shown: int = 0
     """Observations it was shown."""
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """One chain per request."""
-        self.budgets = [context.budget for context in contexts]
-        return [self._propose(context) for context in contexts]
-
-    def _propose(self, context: DraftContext) -> Proposal:
         assert self.world is not None
-        if not context.budget:
+        self.budgets = [context.budget for context in contexts]
+        keys: list[list[int]] = [[] for _ in contexts]
+        active = [i for i, budget in enumerate(self.budgets) if budget]
+        keep, self.levels = contexts[0].keep_drafting if contexts else None, 0
+        while active:
+            for i in active:
+                keys[i].append(self.key(self.world.rng, self.world.step_number, self.levels))
+            self.levels += 1
+            active = [i for i in active if len(keys[i]) < self.budgets[i]]
+            if keep is not None and active:
+                going = keep.keep(self._progress(contexts, keys, active)).tolist()
+                active = [i for i, goes in zip(active, going, strict=True) if goes]
+        return [self._propose(context, own) for context, own in zip(contexts, keys, strict=True)]
+
+    def _progress(self, contexts: Sequence[DraftContext], keys: list[list[int]], active: list[int]) -> DraftProgress:
+        """What a real draft model would say of itself: entropy and confidence as the classes' true odds have it."""
+        assert self.world is not None
+        step = self.world.step_number
+        tables = [contexts[i].acceptance for i in active]
+        assert all(table is not None for table in tables)
+        survival = [np.prod([t[self.claims(k)] for k in keys[i]]) for i, t in zip(active, tables, strict=True)]
+        odds = np.array([self.odds(step, keys[i][-1], contexts[i].request) for i in active])
+        return DraftProgress(
+            depth=self.levels,
+            rows=np.array([contexts[i].row for i in active]),
+            nodes=np.array([len(keys[i]) for i in active]),
+            survival=np.array(survival),
+            chain_survival=np.array(survival),
+            entropy=-2.0 * np.log(np.maximum(odds, 1e-9)),
+            confidence=odds,
+            hidden=torch.from_numpy(np.repeat(odds[:, None], 64, axis=1)),
+            top_probabilities=np.pad(odds[:, None], ((0, 0), (0, 9))),
+        )
+
+    def _propose(self, context: DraftContext, keys: list[int]) -> Proposal:
+        assert self.world is not None
+        if not keys:
             return NOTHING
         rng, step = self.world.rng, self.world.step_number
-        keys = [self.key(rng, step, depth) for depth in range(context.budget)]
         right = [rng.random() < self.odds(step, key, context.request) for key in keys]
-        future = self.world.future(context.request, context.budget)
+        future = self.world.future(context.request, len(keys))
         wrong = RIGHT_IDS + self.world.names.index(self.name)
         return chain([t if ok else wrong for t, ok in zip(future, right, strict=True)], [self.claims(k) for k in keys])
 
@@ -167,6 +203,7 @@ class World:
         limits = [DrafterLimits(d.name, d.most, d.cost_per_token, d.fixed) for d in drafters]
         models = {d.name: DraftCost(per_depth=d.seconds) for d in drafters if d.cost_per_token}
         self.cost = cost or cost_of(seconds, models)
+        options = {**fakes.head_options(policy), **options}
         self.policy: LengthPolicy = create_policy(policy, options, limits, self.estimates, lambda: self.cost)
         self.drafting = Drafting(
             {d.name: d for d in drafters}, merge_trees=True, vocab_size=RIGHT_IDS + len(self.drafters)
@@ -212,7 +249,7 @@ class World:
 
     def _draft_seconds(self, name: str) -> float:
         drafter = self.drafters[self.names.index(name)]
-        return drafter.seconds * (max(drafter.budgets) if drafter.cost_per_token else len(self.requests))
+        return drafter.seconds * (drafter.levels if drafter.cost_per_token else len(self.requests))
 
     def _walk(self, request: Request, tree: DraftTree) -> Walk:
         future = self.future(request, len(tree) + 1)

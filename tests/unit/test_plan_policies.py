@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from engine_tools import decoding, step_stats
+from fakes import head_options
 from plan_tools import SimDrafter, World, cheap, cost_of, decoder, flat_then_linear, limits_of, mean_nodes, steep
 
 from paceline.engine.types import Candidates
@@ -71,7 +72,7 @@ def test_every_policy_runs_beside_requests_that_come_go_and_hold_back(name: str)
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_nobody_is_asked_where_there_is_no_room(name: str) -> None:
-    policy = create_policy(name, {}, NGRAM, estimates(), lambda: cost_of(flat_then_linear))
+    policy = create_policy(name, head_options(name), NGRAM, estimates(), lambda: cost_of(flat_then_linear))
     assert not policy.plan(decoding(2, max_tokens=1), 1000).looks_ahead
     assert not policy.plan(decoding(2), 10).looks_ahead
     assert not policy.plan(decoding(0), 1000).looks_ahead
@@ -88,7 +89,8 @@ def test_a_drafter_of_no_length_is_never_asked(name: str) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_cost_model_is_made_only_where_it_is_needed(name: str) -> None:
     made = []
-    create_policy(name, {}, NGRAM, estimates(), lambda: made.append(1) or cost_of(cheap))  # type: ignore[func-returns-value]
+    cost = lambda: made.append(1) or cost_of(cheap)  # type: ignore[func-returns-value]  # noqa: E731
+    create_policy(name, head_options(name), NGRAM, estimates(), cost)
     assert bool(made) == POLICIES[name].priced == (name in ("auto", "sequoia", "smartspec", "smartspec-request"))
 
 

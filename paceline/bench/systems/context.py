@@ -18,7 +18,7 @@ from paceline.bench.systems.drafts import save_without_middle
 from paceline.config import SamplingParams
 from paceline.errors import InputError, RequestError
 from paceline.llm import LLM
-from paceline.model.draft_weights import BUILTIN, load_draft, ships
+from paceline.model.draft_weights import BUILTIN, is_draft, load_draft, ships
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Generation
 
@@ -33,6 +33,7 @@ class Context:
     Args:
         model: built-in name, folder, GGUF file or hub id, or a loaded model.
         quick: fewer prompts and tokens.
+        draft: draft model, as in `draft:model=DRAFT`; None makes one by dropping layers.
         traces: folder of recorded outputs (`*.jsonl`) and cost tables (`*.json`) for replays; None takes the examples.
         say: told what is being done.
     """
@@ -42,11 +43,13 @@ class Context:
         model: str | LoadedModel = "smollm2-135m",
         *,
         quick: bool = False,
+        draft: str | None = None,
         traces: Path | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._model = model
         self.quick = quick
+        self._draft = draft
         self._traces = traces
         self.say = say
         self._llms: dict[tuple[Any, ...], LLM] = {}
@@ -133,8 +136,10 @@ class Context:
 
     @cached_property
     def draft_model(self) -> str:
-        """A draft model of the target: the trained one where one ships; else the target without a few of its layers,
-        which costs about as much as it does."""
+        """A draft model of the target: the one that was given; else the trained one where one ships; else the target
+        without a few of its layers, which costs about as much as it does."""
+        if self._draft is not None:
+            return self._draft
         if ships(self.loaded):
             return BUILTIN
         self._folder = tempfile.TemporaryDirectory(prefix="paceline-draft-")
@@ -144,8 +149,8 @@ class Context:
     @cached_property
     def draft_llm(self) -> LLM:
         """The draft model as a model of its own, for its laws."""
-        trained = self.draft_model == BUILTIN
-        loaded = load_draft(BUILTIN, self.loaded) if trained else load_model(self.draft_model, dtype="float32")
+        name = self.draft_model
+        loaded = load_draft(name, self.loaded) if is_draft(name) else load_model(name, dtype="float32")
         return LLM(loaded, speculation="none", **self._settings({}))
 
     def draft(self, options: str) -> str:

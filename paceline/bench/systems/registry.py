@@ -16,7 +16,7 @@ from paceline.errors import InputError
 # fmt: off
 SYSTEMS: tuple[System, ...] = (
     System(1, "smartspec", "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", "2406.14066", "speculation", "paceline.bench.systems.smartspec:run"),
-    System(2, "specdec++", "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate Lengths", "2405.19715", "speculation"),
+    System(2, "specdec++", "SpecDec++: Boosting Speculative Decoding via Adaptive Candidate Lengths", "2405.19715", "speculation", "paceline.bench.systems.specdec:run"),
     System(3, "l1", "L1: Controlling How Long A Reasoning Model Thinks With Reinforcement Learning", "2503.04697", "length control"),
     System(4, "concise-thoughts", "Concise Thoughts: Impact of Output Length on LLM Reasoning and Cost", "2407.19825", "length control"),
     System(5, "flenqa", "Same Task, More Tokens: the Impact of Input Length on the Reasoning Performance of Large Language Models", "2402.14848", "long context"),
@@ -36,7 +36,7 @@ SYSTEMS: tuple[System, ...] = (
     System(19, "length-probing", "Black-box language model explanation by context length probing", "2212.14815", "long context"),
     System(20, "bass", "BASS: Batched Attention-optimized Speculative Sampling", "2404.15778", "speculation", "paceline.bench.systems.bass:run"),
     System(21, "length-generalization", "Exploring Length Generalization in Large Language Models", "2207.04901", "long context"),
-    System(22, "svip", "Draft Model Knows When to Stop: A Self-Verification Length Policy for Speculative Decoding", "2411.18462", "speculation"),
+    System(22, "svip", "Draft Model Knows When to Stop: A Self-Verification Length Policy for Speculative Decoding", "2411.18462", "speculation", "paceline.bench.systems.svip:run"),
     System(23, "o3-mini", "The Relationship Between Reasoning and Performance in Large Language Models - o3 (mini) Thinks Harder, Not Longer", "2502.15631", "length control"),
     System(24, "link", "In Search of the Long-Tail: Systematic Generation of Long-Tail Knowledge via Logical Rule Guided Search", "2311.07237", "uncertainty"),
     System(25, "heaps", "Heaps' law and Heaps functions in tagged texts: Evidences of their linguistic relevance", "2001.02178", "uncertainty"),
@@ -60,7 +60,7 @@ SYSTEMS: tuple[System, ...] = (
     System(43, "clover", "Clover: Regressive Lightweight Speculative Decoding with Sequential Knowledge", "2405.00263", "speculation"),
     System(44, "ibm-speculator", "Accelerating Production LLMs with Combined Token/Embedding Speculators", "2404.19124", "speculation"),
     System(45, "s3d", "S3D: A Simple and Cost-Effective Self-Speculative Decoding Scheme for Low-Memory GPUs", "2405.20314", "speculation"),
-    System(46, "multi-candidate", "Improving Multi-candidate Speculative Decoding", "2409.10644", "speculation"),
+    System(46, "multi-candidate", "Improving Multi-candidate Speculative Decoding", "2409.10644", "speculation", "paceline.bench.systems.mcsd:run"),
     System(47, "rapid", "Long-Context Inference with Retrieval-Augmented Speculative Decoding", "2502.20330", "speculation"),
     System(48, "packing", "Efficient Sequence Packing without Cross-contamination: Accelerating Large Language Models without Impacting Performance", "2107.02027", "scheduling"),
     System(49, "ouroboros", "Ouroboros: Speculative Decoding with Large Model Enhanced Drafting", "2402.13720", "speculation"),
