@@ -51,7 +51,7 @@ class ModelDrafter:
         stop_ids: the target's end tokens, which `min_tokens` masks in both laws.
         max_model_len: longest sequence the draft model was made for; longer ones get no draft.
         max_tokens: most tokens of one step's catching up.
-        guesser: guesses what the draft model will say.
+        guess: guesses what the draft model will say.
     """
 
     name = "draft"
@@ -69,7 +69,7 @@ class ModelDrafter:
         stop_ids: Sequence[int] = (),
         max_model_len: int = 1 << 30,
         max_tokens: int = 512,
-        guesser: Guesser | None = None,
+        guess: Guesser | None = None,
     ) -> None:
         self.model = DraftModel(
             runner, blocks, vocab_size=vocab_size, max_model_len=max_model_len, max_tokens=max_tokens
@@ -77,7 +77,7 @@ class ModelDrafter:
         self._coupled = coupled
         self._shape = shape
         self._stop_ids = tuple(stop_ids)
-        self._guesser = guesser
+        self._guesser = guess
         self.prior = shape.prior
         self.width = shape.width
 
