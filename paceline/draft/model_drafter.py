@@ -74,7 +74,7 @@ class ModelDrafter:
         self.model = DraftModel(
             runner, blocks, vocab_size=vocab_size, max_model_len=max_model_len, max_tokens=max_tokens
         )
-        self._coupled = coupled
+        self.coupled = coupled
         self._shape = shape
         self._stop_ids = tuple(stop_ids)
         self._guesser = guess
@@ -130,7 +130,7 @@ class ModelDrafter:
     def _ranking(self, request: Request) -> Ranking:
         if request.params.greedy:
             return Ranking.PROBABILITY
-        if self._coupled:
+        if self.coupled:
             return Ranking.TARGET_NOISE
         return Ranking.PROBABILITY if self._shape.origin is Origin.CHOSEN else Ranking.OWN_NOISE
 
