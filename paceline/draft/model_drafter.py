@@ -101,6 +101,10 @@ class ModelDrafter:
             self.model.close(tree.scratch, fed)
         return [NOTHING if tree is None or not tree.tokens else self._proposal(tree) for tree in trees]
 
+    def use(self, guess: Guesser | None) -> None:
+        """Another guesser from now on."""
+        self._guesser = guess
+
     def observe(self, observation: Observation) -> None:
         """Nothing to do: the next round compares its cache with the committed tokens."""
 

@@ -27,6 +27,8 @@ SPECS = (
     "ngram:k=4",
     "recycling:k=12",
     "draft:k=3,model=DRAFT",
+    "draft:k=3,guess=ngram,model=DRAFT",
+    "ouroboros:k=8,model=DRAFT",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "recycling+draft:model=DRAFT@auto",
 )
