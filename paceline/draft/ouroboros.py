@@ -165,9 +165,11 @@ class OuroborosDrafter:
         return [self._lengthened(context, draft) for context, draft in zip(contexts, drafts, strict=True)]
 
     def _room(self, context: DraftContext) -> int:
-        """Nodes kept for suffixes."""
-        drawn = not (context.request.params.greedy or self.draft.coupled)
-        return 0 if drawn else min(context.budget // 2, self._suffixes * LENGTH)
+        """Nodes kept for suffixes; none where the draft alone can reach the end of the text."""
+        request = context.request
+        drawn = not (request.params.greedy or self.draft.coupled)
+        reaches_end = context.budget >= request.params.max_tokens - request.num_output - 1
+        return 0 if drawn or reaches_end else min(context.budget // 2, self._suffixes * LENGTH)
 
     def _lengthened(self, context: DraftContext, draft: Proposal) -> Proposal:
         if not len(draft):
