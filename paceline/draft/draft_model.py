@@ -2,7 +2,7 @@
 
 Each round first feeds what was committed since (after full acceptance of a chain that is two tokens). Draft nodes are
 fed behind the committed tokens in the order in which they are scored; each sees the committed tokens and its ancestors.
-Of the fed nodes the leading chain stays in the cache for the next round, if it turns out to be what was committed.
+Of the fed nodes one path stays in the cache for the next round, if it turns out to be what was committed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from paceline.arrays import BoolArray
 from paceline.cache.block_manager import BlockManager
+from paceline.cache.paged_kv import slots_of
 from paceline.engine.request import Request
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
 
@@ -43,6 +44,8 @@ class Scratch:
 
     request: Request
     sequence: CachedSequence
+    room: int
+    """Nodes that the round was opened for."""
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)  # fed node, -1: the root
     depths: list[int] = field(default_factory=list)
@@ -110,6 +113,7 @@ class DraftModel:
         self.runner = runner
         self.blocks = blocks
         self.vocab_size = vocab_size
+        self.num_embeddings = int(runner.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self._max_model_len = max_model_len
         self._max_tokens = max_tokens
         self._sequences: dict[Request, CachedSequence] = {}
@@ -124,7 +128,11 @@ class DraftModel:
         if not self.blocks.grow(sequence.table, len(request.token_ids) + nodes):
             self.forget(request)
             return None
-        return Scratch(request, sequence)
+        return Scratch(request, sequence, nodes)
+
+    def make_room(self, scratch: Scratch, nodes: int) -> bool:
+        """Room for that many nodes more, until the round is closed; False where there is none."""
+        return self.blocks.grow(scratch.sequence.table, len(scratch.request.token_ids) + scratch.room + nodes)
 
     def catch_up(self, rounds: Sequence[Scratch]) -> list[Scratch]:
         """Those who can draft now. Prompts are computed in chunks, at most `max_tokens` a step for all together;
@@ -172,12 +180,19 @@ class DraftModel:
             if states is not None:
                 scratch.hidden |= {first + i: states[start + i] for i in range(count)}
 
-    def close(self, scratch: Scratch) -> None:
-        """End the round: the leading chain of the fed nodes stays, in case it is what will be committed."""
-        for node, parent in enumerate(scratch.parents):
-            if parent != node - 1:
-                break
-            scratch.sequence.tokens.append(scratch.tokens[node])
+    def close(self, scratch: Scratch, path: Sequence[int]) -> None:
+        """End the round.
+
+        Args:
+            scratch: the round.
+            path: the fed nodes, from the root down, that stay in the cache in case they are what will be committed.
+        """
+        table, start = scratch.sequence.table, len(scratch.sequence.tokens)
+        if list(path) != list(range(len(path))):
+            slots = slots_of(table, self.blocks.block_size, start, start + len(scratch.tokens))
+            self.runner.kv.move(slots[list(path)].tolist(), slots[: len(path)].tolist())
+        scratch.sequence.tokens.extend(scratch.tokens[node] for node in path)
+        self.blocks.shrink(table, start + scratch.room)
 
     def forget(self, request: Request) -> None:
         """Release the request's draft blocks."""

@@ -13,8 +13,8 @@ rules they are drawn with noise of their own and carry their laws, or are chosen
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,67 +22,22 @@ import torch
 
 from paceline.arrays import BoolArray
 from paceline.cache.block_manager import BlockManager
-from paceline.config import SamplingParams
 from paceline.draft.base import NOTHING, DraftContext, Proposal
-from paceline.draft.draft_model import DraftModel, Scratch, Wanted
+from paceline.draft.draft_model import DraftModel, Wanted
+from paceline.draft.growing import GrowingTree
 from paceline.draft.guess import Guesser
 from paceline.draft.scored import Ranking, Scored
-from paceline.draft.shapes.base import Child, Growth, TreeShape
+from paceline.draft.shapes.base import Child, TreeShape
 from paceline.engine.constraint import Constraint
 from paceline.engine.draft_progress import DraftProgress, KeepDrafting
 from paceline.engine.draft_tree import Origin
 from paceline.engine.request import Request
-from paceline.engine.sampling import Law, build_law
+from paceline.engine.sampling import build_law
 from paceline.engine.types import Observation, Tap
 from paceline.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 _TOP = 10
-
-
-@dataclass(eq=False, slots=True)
-class _Tree:
-    """One request's draft in the making. Node -1 is the root."""
-
-    context: DraftContext
-    scratch: Scratch
-    growth: Growth
-    ranking: Ranking
-    options: SamplingParams
-    """The request's, but at temperature 0 those under which the likeliest tokens can be ranked."""
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    keys: list[int] = field(default_factory=list)
-    laws: list[Law] = field(default_factory=list)
-    paths: dict[int, tuple[int, ...]] = field(default_factory=lambda: {-1: ()})
-    fed: dict[int, int] = field(default_factory=lambda: {-1: -1})
-    """Node -> fed node of the scratch."""
-    survival: dict[int, float] = field(default_factory=lambda: {-1: 1.0})
-    chain_survival: float = 1.0
-    pending: list[int] = field(default_factory=lambda: [-1])
-    """Nodes whose children are wanted."""
-    scored: list[Scored] = field(default_factory=list)
-    """Of the newest level."""
-
-    @property
-    def room(self) -> int:
-        """Nodes that may still be added."""
-        return self.context.budget - len(self.tokens)
-
-    def unscored(self) -> list[int]:
-        """Pending nodes that have to go through the model."""
-        if self.scratch.root_row is None:
-            return self.pending
-        return [n for n in self.pending if n >= 0 and self._known(n) is None]
-
-    def _known(self, node: int) -> int | None:
-        """The fed node of a node, if it went through the model already."""
-        if node not in self.fed:
-            found = self.scratch.place.get((self.fed[self.parents[node]], self.tokens[node]))
-            if found is None:
-                return None
-            self.fed[node] = found
-        return self.fed[node]
 
 
 class ModelDrafter:
@@ -97,7 +52,7 @@ class ModelDrafter:
         stop_ids: the target's end tokens, which `min_tokens` masks in both laws.
         max_model_len: longest sequence the draft model was made for; longer ones get no draft.
         max_tokens: most tokens of one step's catching up.
-        guesser: guesses what the draft model will say.
+        guess: guesses what the draft model will say.
     """
 
     name = "draft"
@@ -115,15 +70,15 @@ class ModelDrafter:
         stop_ids: Sequence[int] = (),
         max_model_len: int = 1 << 30,
         max_tokens: int = 512,
-        guesser: Guesser | None = None,
+        guess: Guesser | None = None,
     ) -> None:
         self.model = DraftModel(
             runner, blocks, vocab_size=vocab_size, max_model_len=max_model_len, max_tokens=max_tokens
         )
-        self._coupled = coupled
+        self.coupled = coupled
         self._shape = shape
         self._stop_ids = tuple(stop_ids)
-        self._guesser = guesser
+        self._guesser = guess
         self.prior = shape.prior
         self.width = shape.width
 
@@ -144,12 +99,18 @@ class ModelDrafter:
         started = [tree for tree in trees if tree is not None]
         ready = {id(scratch) for scratch in self.model.catch_up([tree.scratch for tree in started])}
         grown = [tree for tree in started if id(tree.scratch) in ready]
+        self._make_room_for_guesses(grown)
         self._grow(grown)
         for tree in grown:
             self._add(tree, tree.growth.finish(len(tree.tokens)))
-            self._learn(tree)
-            self.model.close(tree.scratch)
+            nodes, fed = tree.first_path()
+            self._learn(tree, nodes, fed)
+            self.model.close(tree.scratch, fed)
         return [NOTHING if tree is None or not tree.tokens else self._proposal(tree) for tree in trees]
+
+    def use(self, guess: Guesser | None) -> None:
+        """Another guesser from now on."""
+        self._guesser = guess
 
     def observe(self, observation: Observation) -> None:
         """Nothing to do: the next round compares its cache with the committed tokens."""
@@ -160,26 +121,33 @@ class ModelDrafter:
         if self._guesser is not None:
             self._guesser.forget(request)
 
-    def _start(self, context: DraftContext) -> _Tree | None:
-        guessed = 0 if self._guesser is None else self._guesser.most
+    def _start(self, context: DraftContext) -> GrowingTree | None:
         levels = context.budget if context.depth is None else min(context.budget, context.depth)
-        scratch = self.model.open(context.request, context.budget + guessed * levels)
+        scratch = self.model.open(context.request, context.budget)
         if scratch is None:
             return None
         growth = self._shape.start(context.budget, levels, context.acceptance)
         params = context.request.params
         options = replace(params, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) if params.greedy else params
-        return _Tree(context, scratch, growth, self._ranking(context.request), options)
+        return GrowingTree(context, scratch, growth, levels, self._ranking(context.request), options)
+
+    def _make_room_for_guesses(self, trees: Sequence[GrowingTree]) -> None:
+        """When everyone has room for the draft itself, so that guessing takes nobody's."""
+        for tree in trees if self._guesser is not None else ():
+            guesses = self._guesser.most * (tree.levels - 1)  # type: ignore[union-attr]
+            if self.model.make_room(tree.scratch, guesses):
+                tree.guesses = guesses
 
     def _ranking(self, request: Request) -> Ranking:
         if request.params.greedy:
             return Ranking.PROBABILITY
-        if self._coupled:
+        if self.coupled:
             return Ranking.TARGET_NOISE
         return Ranking.PROBABILITY if self._shape.origin is Origin.CHOSEN else Ranking.OWN_NOISE
 
-    def _grow(self, trees: Sequence[_Tree]) -> None:
-        """Level by level, until nobody wants children."""
+    def _grow(self, trees: Sequence[GrowingTree]) -> None:
+        """Level by level, until nobody wants children. A plan that is asked after every level sees all trees at the
+        same one; otherwise trees run ahead as far as their nodes are scored."""
         active, depth = list(trees), 0
         keep = next((t.context.keep_drafting for t in trees), None)
         while active:
@@ -187,47 +155,63 @@ class ModelDrafter:
             self._score(active, hidden=keep is not None and keep.wants_hidden)
             for tree in active:
                 self._extend(tree)
+                while keep is None and tree.pending and not tree.unscored():
+                    self._extend(tree)
             active = [tree for tree in active if tree.pending]
             if keep is not None and active:
                 going = keep.keep(self._progress(active, depth, keep))
                 active = [tree for tree, goes in zip(active, going.tolist(), strict=True) if goes]
 
-    def _score(self, trees: Sequence[_Tree], *, hidden: bool) -> None:
+    def _score(self, trees: Sequence[GrowingTree], *, hidden: bool) -> None:
         """Make sure that every pending node has its row, in one forward at most."""
-        wanted = [Wanted(tree.scratch, self._feed(tree)) for tree in trees if tree.unscored()]
+        wanted = [Wanted(tree.scratch, self._feed(tree, new)) for tree in trees if (new := tree.unscored())]
         if wanted:
             self.model.score(wanted, hidden=hidden)
 
-    def _feed(self, tree: _Tree) -> list[tuple[int, int]]:
-        """The pending nodes that are not scored, and guesses of what will come after them."""
-        scratch, nodes = tree.scratch, list[tuple[int, int]]()
-        place = dict(scratch.place)
+    def _feed(self, tree: GrowingTree, new: Sequence[int]) -> list[tuple[int, int]]:
+        """What goes through the model: new nodes of the tree, and guesses of what will come after them."""
+        place, nodes = dict(tree.scratch.place), list[tuple[int, int]]()
 
         def put(parent: int, token: int) -> int:
-            found = place.get((parent, token))
-            if found is None:
-                found = place[parent, token] = len(scratch.tokens) + len(nodes)
+            if (parent, token) not in place:
+                place[parent, token] = len(tree.scratch.tokens) + len(nodes)
                 nodes.append((parent, token))
-            return found
+            return place[parent, token]
 
-        for node in tree.unscored():
+        for node in new:
             if node >= 0:
                 tree.fed[node] = put(tree.fed[tree.parents[node]], tree.tokens[node])
-        for node in tree.unscored()[:1] if self._guesser is not None else ():
-            for chain in self._guesser.guess(tree.context.request, tree.paths[node]):  # type: ignore[union-attr]
+        drafted = len(nodes)
+        left = drafted + (0 if self._guesser is None else min(tree.guesses, self._guesser.most))
+        for i, node in enumerate(new):
+            most = len(nodes) + (left - len(nodes)) // (len(new) - i)
+            for chain in self._guess(tree, node, most - len(nodes)):
                 at = tree.fed[node]
                 for token in chain:
+                    if len(nodes) == most and (at, token) not in place:
+                        break
                     at = put(at, token)
+        tree.guesses -= len(nodes) - drafted
         return nodes
 
-    def _extend(self, tree: _Tree) -> None:
+    def _guess(self, tree: GrowingTree, node: int, most: int) -> Iterator[Sequence[int]]:
+        """Guesses after a node, as deep as nodes of the tree will be scored."""
+        path = tree.paths[node]
+        depth = tree.levels - 1 - len(path)
+        if self._guesser is None or most < 1 or depth < 1:
+            return
+        for chain in self._guesser.guess(tree.context.request, path, most, depth):
+            known = next((i for i, token in enumerate(chain) if not 0 <= token < self.model.num_embeddings), len(chain))
+            yield chain[: min(known, depth)]
+
+    def _extend(self, tree: GrowingTree) -> None:
         """Ask the shape for the children of the pending nodes."""
         pending, tree.pending = tree.pending, []
         tree.scored = [s for s in (self._scored(tree, node) for node in pending) if s is not None]
         if tree.scored:
             self._add(tree, tree.growth.grow(tree.scored, len(tree.tokens)))
 
-    def _scored(self, tree: _Tree, node: int) -> Scored | None:
+    def _scored(self, tree: GrowingTree, node: int) -> Scored | None:
         """What the model says after a node; None where there is nothing to say, which is known before any draw."""
         request, path = tree.context.request, tree.paths[node]
         row = tree.scratch.row(tree.fed[node])
@@ -243,7 +227,7 @@ class ModelDrafter:
         law = build_law(row, tree.options, prompt, output, masked, allowed)
         return Scored(node, len(path), row, law, tree.ranking, request, self.model.vocab_size)
 
-    def _add(self, tree: _Tree, children: Sequence[Child]) -> None:
+    def _add(self, tree: GrowingTree, children: Sequence[Child]) -> None:
         by_node = {scored.node: scored for scored in tree.scored}
         acceptance = tree.context.acceptance
         for child in children[: tree.room]:
@@ -261,7 +245,7 @@ class ModelDrafter:
         if not tree.room:
             tree.pending.clear()
 
-    def _progress(self, trees: Sequence[_Tree], depth: int, keep: KeepDrafting) -> DraftProgress:
+    def _progress(self, trees: Sequence[GrowingTree], depth: int, keep: KeepDrafting) -> DraftProgress:
         newest = [tree.scored[0] for tree in trees]
         for tree, scored in zip(trees, newest, strict=True):
             tree.chain_survival *= scored.confidence
@@ -281,21 +265,13 @@ class ModelDrafter:
             top_probabilities=top,
         )
 
-    def _learn(self, tree: _Tree) -> None:
+    def _learn(self, tree: GrowingTree, nodes: Sequence[int], fed: Sequence[int]) -> None:
         """Show the guesser the first path of the tree, and what the model liked best along it."""
-        if self._guesser is None:
-            return
-        node, path, likeliest = -1, list[int](), list[int]()
-        while node in tree.fed and tree.fed[node] < len(tree.scratch.rows) and tree.scratch.root_row is not None:
-            likeliest.append(int(tree.scratch.row(tree.fed[node]).argmax()))
-            child = next((n for n, parent in enumerate(tree.parents) if parent == node), None)
-            if child is None:
-                break
-            path.append(tree.tokens[child])
-            node = child
-        self._guesser.learn(tree.context.request, path, likeliest)
+        if self._guesser is not None and tree.scratch.root_row is not None:
+            likeliest = [int(tree.scratch.row(node).argmax()) for node in (-1, *fed)]
+            self._guesser.learn(tree.context.request, [tree.tokens[node] for node in nodes], likeliest)
 
-    def _proposal(self, tree: _Tree) -> Proposal:
+    def _proposal(self, tree: GrowingTree) -> Proposal:
         drawn = tree.ranking is Ranking.OWN_NOISE
         return Proposal(
             np.array(tree.tokens, dtype=np.int64),

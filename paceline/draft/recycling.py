@@ -10,7 +10,6 @@ Rows never seen propose nothing (the release proposes token 0 there). Confidence
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from paceline.arrays import IntArray
 from paceline.draft.base import NOTHING, DraftContext, Proposal
+from paceline.draft.tenants import Tenants
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
 
@@ -29,7 +29,7 @@ LEVEL_SIZES = (8, 21, 25, 15, 8, 3)
 _RANK_WEIGHTS = np.array([0.45, 0.15, 0.09, 0.065, 0.05, 0.04, 0.035, 0.03])
 _DEPTH_CLASSES = 3
 _MAX_TENANTS = 64
-"""Matrices kept at most (1.5 MB each for 49,152 tokens), except that tenants with running requests keep theirs."""
+"""Matrices kept at most (1.5 MB each for 49,152 tokens)."""
 _MAX_CHAIN = 16
 
 
@@ -92,8 +92,7 @@ class RecyclingDrafter:
     def __init__(self, *, vocab_size: int, chain: bool = False) -> None:
         self._vocab_size = vocab_size
         self._template = chain_template if chain else static_template
-        self._matrices: OrderedDict[str, NDArray[np.int32]] = OrderedDict()
-        self._running: set[Request] = set()
+        self._matrices = Tenants(self._empty, _MAX_TENANTS)
         by_depth = [np.minimum(_RANK_WEIGHTS * (1 + 0.2 * d), 0.9) for d in range(_DEPTH_CLASSES)]
         self.prior = np.concatenate(by_depth)
 
@@ -102,8 +101,7 @@ class RecyclingDrafter:
         return [self._propose(c) if c.budget > 0 else NOTHING for c in contexts]
 
     def _propose(self, context: DraftContext) -> Proposal:
-        self._running.add(context.request)
-        matrix = self._matrix(context.request.salt)
+        matrix = self._matrices.of(context.request)
         root = context.request.token_ids[-1]
         if matrix[root, 0] < 0:
             return NOTHING
@@ -122,23 +120,11 @@ class RecyclingDrafter:
     def observe(self, observation: Observation) -> None:
         """Refresh the rows of every verified node, rejected ones too; of duplicates the last wins."""
         if observation.top_ids is not None:
-            self._matrix(observation.request.salt)[observation.row_tokens] = observation.top_ids
+            self._matrices.of(observation.request)[observation.row_tokens] = observation.top_ids
 
     def forget(self, request: Request) -> None:
         """The request no longer protects its tenant's matrix."""
-        self._running.discard(request)
+        self._matrices.forget(request)
 
-    def _matrix(self, salt: str) -> NDArray[np.int32]:
-        if salt not in self._matrices:
-            self._matrices[salt] = np.full((self._vocab_size, WIDTH), -1, dtype=np.int32)
-            if len(self._matrices) > _MAX_TENANTS:
-                self._evict(keep=salt)
-        self._matrices.move_to_end(salt)
-        return self._matrices[salt]
-
-    def _evict(self, keep: str) -> None:
-        """Drop the matrix that was idle longest."""
-        busy = {request.salt for request in self._running} | {keep}
-        idle = next((salt for salt in self._matrices if salt not in busy), None)
-        if idle is not None:
-            del self._matrices[idle]
+    def _empty(self) -> NDArray[np.int32]:
+        return np.full((self._vocab_size, WIDTH), -1, dtype=np.int32)

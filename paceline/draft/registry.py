@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from paceline.draft.base import Drafter
+from paceline.draft.guessers.registry import create_guesser
 from paceline.errors import SpeculationSpecError
 
 
@@ -23,8 +24,16 @@ class DrafterEntry:
     """Default cap of its length under a planning policy."""
     options: Mapping[str, Callable[[str], Any]]
     needs: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    """Options that must be given."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a draft model has to be loaded for it, named by its option `model`."""
+        return "runner" in self.needs
 
 
+_DRAFT_MODEL = ("runner", "blocks", "vocab_size", "coupled", "shape", "stop_ids", "max_model_len")
 DRAFTERS: dict[str, DrafterEntry] = {
     "grammar": DrafterEntry("paceline.draft.grammar:GrammarDrafter", 32, {}),
     "ngram": DrafterEntry("paceline.draft.ngram:NgramDrafter", 16, {"lookup_max": int, "lookup_min": int}),
@@ -34,8 +43,16 @@ DRAFTERS: dict[str, DrafterEntry] = {
     "draft": DrafterEntry(
         "paceline.draft.model_drafter:ModelDrafter",
         8,
-        {"model": str, "vocab": str},
-        ("runner", "blocks", "vocab_size", "coupled", "shape", "stop_ids", "max_model_len"),
+        {"model": str, "vocab": str, "guess": create_guesser},
+        _DRAFT_MODEL,
+        required=("model",),
+    ),
+    "ouroboros": DrafterEntry(
+        "paceline.draft.ouroboros:OuroborosDrafter",
+        24,
+        {"model": str, "vocab": str, "phrases": int, "suffixes": int, "feed": int, "reuse": int},
+        (*_DRAFT_MODEL, "chain"),
+        required=("model",),
     ),
 }
 
@@ -59,9 +76,16 @@ def parse_options(name: str, options: Mapping[str, str]) -> dict[str, Any]:
     """Typed options of a drafter.
 
     Raises:
-        SpeculationSpecError: an unknown key or a value of the wrong type.
+        SpeculationSpecError: an unknown key, a value of the wrong type, or an option that is missing.
     """
     known = entry(name).options
+    for key in entry(name).required:
+        if key not in options:
+            raise SpeculationSpecError(
+                f"drafter {name} needs a {key}.",
+                field="speculation",
+                fix=f"Write {name}:{key}=PATH_OR_NAME.",
+            )
     parsed: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:

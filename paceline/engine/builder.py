@@ -76,7 +76,7 @@ def check_speculation(config: EngineConfig) -> Speculation:
             field="tree",
             fix=f"Use --tree chain with it, or one of the rules {others} with the tree.",
         )
-    if tree.branches and spec.drafters and "draft" not in (d.name for d in spec.drafters):
+    if tree.branches and spec.drafters and not any(drafters.entry(d.name).has_model for d in spec.drafters):
         raise ConfigError(
             f"{tree.name} is a shape for a draft model, and {config.speculation} has none.",
             field="tree",
@@ -84,11 +84,7 @@ def check_speculation(config: EngineConfig) -> Speculation:
         )
     shape = create_shape(tree, rule.branches or Origin.DISTINCT)
     for drafter in spec.drafters:
-        options = drafters.parse_options(drafter.name, drafter.options)
-        if drafter.name == "draft" and "model" not in options:
-            raise SpeculationSpecError(
-                "drafter draft needs a model.", field="speculation", fix="Write draft:model=PATH_OR_NAME."
-            )
+        drafters.parse_options(drafter.name, drafter.options)
     options = check_policy(spec.policy, spec.policy_options) if spec.drafters else {}
     return Speculation(spec, rule, tree.name == "chain" or rule.branches is None, shape, options)
 
@@ -205,7 +201,7 @@ def _drafters(
             "shape": speculation.shape,
             "stop_ids": loaded.eos_token_ids,
         }
-        if "runner" in drafters.entry(wanted.name).needs:
+        if drafters.entry(wanted.name).has_model:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)
             if "vocab" in options:
                 cut_head(draft, read_ranking(options.pop("vocab"), draft).tolist())
@@ -249,7 +245,7 @@ def _policy(
 
 
 def _limits(wanted: DrafterSpec, drafter: Drafter, shape: TreeShape, *, is_fixed: bool) -> DrafterLimits:
-    width = shape.width if drafter.cost_per_token else 1.0
+    width = getattr(drafter, "width", shape.width) if drafter.cost_per_token else 1.0
     given = wanted.maximum if wanted.k is None else wanted.k
     most = drafters.entry(wanted.name).most if given is None else given
     by_rank = drafter.cost_per_token and shape.by_rank

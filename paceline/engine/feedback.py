@@ -106,6 +106,7 @@ def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]
                 committed=walk.tokens,
                 row_tokens=np.concatenate([[root], tree.tokens]).astype(np.int64),
                 top_ids=None if top is None else top[row : row + 1 + len(tree)],
+                row_parents=np.concatenate([[-1], tree.parents + 1]).astype(np.int64),
             )
 
 

@@ -351,3 +351,5 @@ class Observation:
     committed: tuple[int, ...]
     row_tokens: IntArray  # [num_rows] input token of the root and of every verified node
     top_ids: IntArray | None = None  # [num_rows, k] when Tap.TOP_IDS was asked for
+    row_parents: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """Row of each row's parent; -1 for the root.  # [num_rows]"""

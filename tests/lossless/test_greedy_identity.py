@@ -32,6 +32,8 @@ SPECS = (
     "prediction:k=8",
     "draft:k=4,model=smollm2-135m",
     "draft:k=2,model=DROPPED",
+    "draft:k=4,guess=ngram,model=DROPPED",
+    "ouroboros:k=12,model=DROPPED",
     "ngram:k=4+recycling:k=16+suffix:k=16+prediction:k=4",
     "auto",
     "ngram+draft:model=DROPPED@auto",

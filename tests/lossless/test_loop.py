@@ -47,6 +47,9 @@ SPECS = (
     "suffix@auto",
     "ngram:k=2+recycling:k=4",
     "draft:k=2,model=DRAFT",
+    "draft:k=2,guess=ngram,model=DRAFT",
+    "ouroboros:k=8,model=DRAFT",
+    "ouroboros:k=8,phrases=2,suffixes=1,reuse=0,model=DRAFT",
     "ngram:k=2+recycling:k=4@priced",
     "ngram:k=1+draft:k=2,model=DRAFT@priced",
     "ngram+recycling+draft:model=DRAFT@auto",
@@ -56,6 +59,7 @@ FAST = (
     ("ngram:k=2+recycling:k=4@priced", "rejection", "penalties"),
     ("recycling:k=4", "coupled", "top_p"),
     ("draft:k=2,model=DRAFT", "rejection", "top_k"),
+    ("ouroboros:k=8,model=DRAFT", "coupled", "temperature"),
 )
 POLICY_SPECS = [
     f"{drafters}@{policy}{':k=2' * (policy == 'fixed')}"

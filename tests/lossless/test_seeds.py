@@ -28,6 +28,8 @@ SPECS = (
     "recycling:k=12",
     "suffix:k=12",
     "draft:k=3,model=DRAFT",
+    "draft:k=3,guess=ngram,model=DRAFT",
+    "ouroboros:k=8,model=DRAFT",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "recycling+suffix+draft:model=DRAFT@auto",
 )

@@ -266,7 +266,7 @@ def test_all_verified_nodes_refresh_the_matrix() -> None:
     drafter.observe = spy
     request = make_request(prompt_of(5))
     run(engine, [request])
-    known = np.flatnonzero(drafter._matrix("")[:, 0] >= 0).tolist()
+    known = np.flatnonzero(drafter._matrices.of(request)[:, 0] >= 0).tolist()
     assert known == sorted(seen)
     assert len(seen - set(request.token_ids)) > 5, "rejected nodes teach as well"
     assert seen >= {request.token_ids[4], *request.output_ids[:-1]}
@@ -277,7 +277,7 @@ def test_the_matrix_holds_the_likeliest_successors() -> None:
     drafter = engine.stages.drafting.drafters["recycling"]
     prompt = prompt_of(5)
     run(engine, [make_request(prompt, greedy(1))])
-    assert drafter._matrix("")[prompt[-1], 0] == reference(prompt, 1)[0]
+    assert drafter._matrices.of(make_request(prompt))[prompt[-1], 0] == reference(prompt, 1)[0]
 
 
 def test_salts_share_no_matrix() -> None:

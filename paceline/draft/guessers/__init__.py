@@ -1,0 +1,1 @@
+"""What guesses the words of a draft model, one file each."""
