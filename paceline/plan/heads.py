@@ -91,10 +91,10 @@ def save_head(folder: Path, head: Head, about: dict[str, Any]) -> Path:
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().float().contiguous().cpu() for name, value in head.state_dict().items()}
-    facts = {"kind": head.kind, "shape": head.shape, "sha256": _digest(tensors), "about": about}
+    facts = {"format": FORMAT, "kind": head.kind, "shape": head.shape, "sha256": _digest(tensors), "about": about}
     path = folder / FILE
     part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+    save_file(tensors, part, metadata={"facts": json.dumps(facts)})  # one entry: the library orders several at random
     part.chmod(0o644)  # the library makes files that only their owner can read
     os.replace(part, path)
     return path
@@ -141,9 +141,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
             metadata = file.metadata() or {}
-        version = metadata.get("format")
-        facts = dict(json.loads(metadata["facts"])) if version == FORMAT else {}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        facts = dict(json.loads(metadata["facts"]))
+        version = facts["format"]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(f"is no head ({error}).", field=str(path), fix=_AGAIN) from error
     if version != FORMAT:
         raise UnsupportedModelError(f"has format {version!r}, and this version reads {FORMAT}.", field=str(path))
