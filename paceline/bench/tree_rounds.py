@@ -88,7 +88,7 @@ class KeptModel(DraftModel):
             self._kept[request] = len(request.token_ids), scratch
         return scratch
 
-    def close(self, scratch: Scratch) -> None:
+    def close(self, scratch: Scratch, path: Sequence[int]) -> None:
         """They stay."""
 
     def forget(self, request: Request) -> None:

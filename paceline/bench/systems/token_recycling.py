@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline.bench.systems.base import Row, above, at_least, at_most, suite
 from paceline.bench.systems.context import Context
@@ -26,9 +27,8 @@ SPEC = f"recycling:k={NODES}"
 class ZeroMatrix(RecyclingDrafter):
     """The release's empty matrix, never updated: every successor is token 0."""
 
-    def __init__(self, *, vocab_size: int) -> None:
-        super().__init__(vocab_size=vocab_size)
-        self._matrix("")[:] = 0
+    def _empty(self) -> NDArray[np.int32]:
+        return np.zeros_like(super()._empty())
 
     def observe(self, observation: Observation) -> None:
         """Learn nothing."""
