@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from paceline.llm import LLM
     from paceline.model.loader import LoadedModel
 
-DRAFTER_STYLES = {"ngram": "green", "recycling": "cyan", "draft": "magenta", "prediction": "yellow"}
+DRAFTER_STYLES = {
+    "ngram": "green",
+    "recycling": "cyan",
+    "suffix": "blue",
+    "draft": "magenta",
+    "ouroboros": "bright_magenta",
+    "prediction": "yellow",
+    "grammar": "bright_black",
+}
 """Colour of an accepted draft token by the drafter that guessed it."""
 
 
@@ -142,7 +150,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
             "--speculation",
             metavar="SPEC",
             help="none, auto or drafter[:key=value,...][+drafter...][@policy]; "
-            f"drafters: ngram, recycling, draft, prediction (default: {default.speculation})",
+            f"drafters: {', '.join(DRAFTER_STYLES)} (default: {default.speculation})",
         )
         choice.add_argument("--speculative-config", metavar="JSON", help="the same in vLLM's form")
 

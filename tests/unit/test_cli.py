@@ -472,3 +472,10 @@ def test_a_line_that_cannot_run_is_named_before_anything_runs(
 def test_logprobs_need_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "fake", "--prompt", "a", "--logprobs", "2"]) == 2
     assert "--json" in capsys.readouterr().err
+
+
+def test_every_drafter_has_a_colour_and_is_named_by_help() -> None:
+    from paceline.cli.options import DRAFTER_STYLES
+    from paceline.draft.registry import DRAFTERS
+
+    assert set(DRAFTER_STYLES) == set(DRAFTERS)
