@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ class RowModel:
         self._row_of = row_of
         self._paths: dict[int, list[tuple[int, ...]]] = {}
 
-    def open(self, request: Request, nodes: int) -> Scratch:  # noqa: ARG002
-        scratch = Scratch(request, CachedSequence())
+    def open(self, request: Request, nodes: int) -> Scratch:
+        scratch = Scratch(request, CachedSequence(), nodes)
         self._paths[id(scratch)] = []
         return scratch
 
@@ -50,7 +51,10 @@ class RowModel:
                 paths.append((*(paths[parent] if parent >= 0 else ()), token))
                 scratch.rows.append(self._row_of(paths[-1]))
 
-    def close(self, scratch: Scratch) -> None:
+    def make_room(self, scratch: Scratch, nodes: int) -> bool:  # noqa: ARG002
+        return True
+
+    def close(self, scratch: Scratch, path: Sequence[int]) -> None:  # noqa: ARG002
         del self._paths[id(scratch)]
 
 
@@ -69,8 +73,10 @@ def random_rows(seed: int, vocab: int, spread: float = 1.5) -> RowOf:
 def tree_drafter(tree: str, origin: Origin | None, row_of: RowOf, vocab: int) -> ModelDrafter:
     """A drafter of that shape. Origin None: the rule `coupled`."""
     shape = create_shape(parse_tree(tree), origin or Origin.CHOSEN)
-    missing: Any = None  # the network and its cache, which nothing asks for here
-    made = ModelDrafter(missing, missing, vocab_size=vocab, coupled=origin is None, shape=shape)
+    network = SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(num_embeddings=vocab))
+    runner: Any = SimpleNamespace(model=network)
+    blocks: Any = None  # the cache, which nothing asks for here
+    made = ModelDrafter(runner, blocks, vocab_size=vocab, coupled=origin is None, shape=shape)
     model: Any = RowModel(row_of, vocab)
     made.model = model
     return made

@@ -20,6 +20,7 @@ from paceline.arrays import FloatArray, IntArray
 from paceline.config import SamplingParams
 from paceline.draft import registry
 from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
+from paceline.engine.draft_progress import DraftProgress, KeepDrafting
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
@@ -192,8 +193,13 @@ class ScriptedDrafter:
         self.prior = script.prior if truth is None else np.array([0.0, 1.0])
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
-        """One proposal per context."""
-        return [self._propose(context) if context.budget > 0 else NOTHING for context in contexts]
+        """One proposal per context, as long as the plan wants it."""
+        whole = [self._propose(context) if context.budget > 0 else NOTHING for context in contexts]
+        keep = next((context.keep_drafting for context in contexts), None)
+        if keep is None or not self.cost_per_token:
+            return whole
+        lengths = chain_lengths(contexts, whole, keep)
+        return [Proposal(p.tokens[:n], p.parents[:n], p.key[:n]) for p, n in zip(whole, lengths, strict=True)]
 
     def _propose(self, context: DraftContext) -> Proposal:
         item_id, position = trace_id(context.request), context.request.num_output
@@ -207,6 +213,38 @@ class ScriptedDrafter:
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""
+
+
+def chain_lengths(contexts: Sequence[DraftContext], whole: Sequence[Proposal], keep: KeepDrafting) -> list[int]:
+    """Levels after which the plan stops each of several recorded chains.
+
+    A record holds no laws, so all that the plan is told is what its own estimates say of the classes.
+    """
+    lengths = [min(len(proposal), 1) for proposal in whole]
+    survival = np.ones(len(whole))
+    active = [i for i, length in enumerate(lengths) if length]
+    while active:
+        for i in active:
+            acceptance = contexts[i].acceptance
+            assert acceptance is not None
+            survival[i] *= acceptance[whole[i].key[lengths[i] - 1]]
+        active = [i for i in active if lengths[i] < len(whole[i])]
+        if not active:
+            break
+        unknown = np.zeros(len(active))
+        progress = DraftProgress(
+            depth=lengths[active[0]],
+            rows=np.array([contexts[i].row for i in active], dtype=np.int64),
+            nodes=np.array([lengths[i] for i in active], dtype=np.int64),
+            survival=survival[active],
+            chain_survival=survival[active],
+            entropy=unknown,
+            confidence=unknown,
+        )
+        active = [i for i, goes in zip(active, keep.keep(progress).tolist(), strict=True) if goes]
+        for i in active:
+            lengths[i] += 1
+    return lengths
 
 
 def running_id(item: Recorded, number: int) -> str:

@@ -68,7 +68,7 @@ class DraftLevels:
         return levels, PricedStop(
             times=times,
             goodput=goodput,
-            chances=likely / np.concatenate([np.ones((count, 1)), likely[:, :-1]], axis=1),
+            chances=_conditional(likely),
             per_forward=forward,
             per_node=(float(costs[1] - costs[0]) - forward) / count,
             width=drafter.width,
@@ -92,6 +92,12 @@ class DraftLevels:
         net = np.maximum(gain.max(axis=1), 0.0) - goodput * costs[1:]
         net = self._net[drafter.name] = _NET_MEMORY * self._net.get(drafter.name, net) + (1.0 - _NET_MEMORY) * net
         return int(net.argmax()) + 1 if net.max() > 0.0 else 0
+
+
+def _conditional(likely: FloatArray) -> FloatArray:
+    """Of being accepted down to a level, given that down to the level before.  # [num_sampling, levels]"""
+    before = np.concatenate([np.ones((len(likely), 1)), likely[:, :-1]], axis=1)
+    return np.asarray(np.divide(likely, before, out=np.zeros_like(likely), where=before > 0.0))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ calibrated first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,9 +53,10 @@ class ThresholdLength:
     def _capped(self, drafter: DrafterLimits, asked: Sampling) -> DrafterLimits:
         if drafter.fixed or not drafter.most:
             return drafter
-        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, drafter.most).mean(axis=0)
+        levels = max(int(drafter.most / drafter.width), 1)
+        survival = self._estimates.by_depth(drafter.name, asked.requests, asked.rows, levels).mean(axis=0)
         deepest = max(1, int(np.count_nonzero(survival >= self._cut.floor)))
-        return DrafterLimits(drafter.name, deepest, True)
+        return replace(drafter, most=min(round(deepest * drafter.width), drafter.most))
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance."""

@@ -236,6 +236,7 @@ class _Until:
     """Stops request 1 after two levels, everyone after four; notes what it was asked."""
 
     wants_hidden = True
+    wants_top_probabilities = False
 
     def __init__(self) -> None:
         self.asked: list[DraftProgress] = []
