@@ -42,7 +42,7 @@ def offline_text(llm: LLM, **options: Any) -> str:
         ({"prediction": {"type": "content", "content": " the and"}}, {}),
         ({"speculation": {"off": True}}, {}),
         ({"speculation": "off"}, {}),
-        ({"speculation": {"cap": 2, "drafters": ["ngram"]}}, {}),
+        ({"speculation": {"cap": 2, "drafters": ["suffix"]}}, {}),
     ],
 )
 def test_same_text_as_offline(server: Running, offline: LLM, extra: dict[str, Any], options: dict[str, Any]) -> None:
@@ -110,8 +110,8 @@ def test_speculation_statistics_on_request(server: Running) -> None:
     assert off["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
     capped = server.post(CHAT, {**body, "speculation": {"metrics": True, "cap": 1}}).json()
     assert capped["metrics"]["speculative_decoding"]["num_spec_tokens"] <= 1
-    only = server.post(CHAT, {**body, "speculation": {"metrics": True, "drafters": ["ngram"]}}).json()
-    assert set(only["metrics"]["speculative_decoding"]["accepted_by"]) <= {"ngram"}
+    only = server.post(CHAT, {**body, "speculation": {"metrics": True, "drafters": ["suffix"]}}).json()
+    assert set(only["metrics"]["speculative_decoding"]["accepted_by"]) <= {"suffix"}
     texts = {a["choices"][0]["message"]["content"] for a in (answer, off, capped, only)}
     assert len(texts) == 1, "the text does not depend on speculation"
 
