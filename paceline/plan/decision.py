@@ -14,12 +14,10 @@ import numpy as np
 import torch
 
 from paceline.arrays import BoolArray
-from paceline.engine.draft_progress import DraftProgress
-from paceline.engine.request import Request
-from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
-from paceline.plan.base import DrafterLimits, sampling
+from paceline.engine.draft_progress import DraftProgress, KeepDrafting
+from paceline.plan.base import DrafterLimits
+from paceline.plan.fixed import FixedLength
 from paceline.plan.heads import DecisionHead
-from paceline.plan.lengths import plan_lengths
 from paceline.plan.survival import AcceptanceEstimates
 
 
@@ -42,7 +40,7 @@ class DecisionStop:
         return np.asarray(accepted.numpy() > self._p)
 
 
-class DecisionLength:
+class DecisionLength(FixedLength):
     """The policy. Drafters that take no forwards of their own propose up to their caps.
 
     Args:
@@ -55,21 +53,8 @@ class DecisionLength:
     def __init__(
         self, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates, *, head: DecisionHead, p: float = 0.5
     ) -> None:
-        self._drafters = tuple(drafters)
-        self._most = sum(d.most for d in drafters)
-        self._estimates = estimates
-        self._stop = DecisionStop(head, p)
+        super().__init__(drafters, estimates)
+        self._keep = DecisionStop(head, p)
 
-    def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
-        """Up to the caps, and the stop."""
-        asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
-        lengths = np.full(len(asked), self._most)
-        return plan_lengths(asked, lengths, self._drafters, self._estimates, keep_drafting=self._stop)
-
-    def learn(self, stats: StepStats) -> None:
-        """Keep the estimates current."""
-        self._estimates.learn(stats)
-
-    def forget(self, request: Request) -> None:
-        """Drop a finished request's estimates."""
-        self._estimates.forget(request)
+    def _stop(self, num_requests: int) -> KeepDrafting:  # noqa: ARG002
+        return self._keep

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.request import Request
 from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
 from paceline.plan.base import DrafterLimits, sampling
@@ -29,7 +30,12 @@ class FixedLength:
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """The same plan in every step."""
         asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
-        return plan_lengths(asked, np.full(len(asked), self._most), self._drafters, self._estimates)
+        lengths, stop = np.full(len(asked), self._most), self._stop(len(asked))
+        return plan_lengths(asked, lengths, self._drafters, self._estimates, keep_drafting=stop)
+
+    def _stop(self, num_requests: int) -> KeepDrafting | None:  # noqa: ARG002
+        """What ends the drafts of this step before their length; policies that only differ in it derive from this."""
+        return None
 
     def learn(self, stats: StepStats) -> None:
         """Keep the estimates current."""

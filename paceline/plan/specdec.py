@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from paceline.arrays import BoolArray
-from paceline.engine.draft_progress import DraftProgress
-from paceline.engine.request import Request
-from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
+from paceline.engine.draft_progress import DraftProgress, KeepDrafting
 from paceline.errors import UnsupportedModelError
-from paceline.plan.base import DrafterLimits, sampling
+from paceline.plan.base import DrafterLimits
+from paceline.plan.fixed import FixedLength
 from paceline.plan.heads import AcceptanceHead
-from paceline.plan.lengths import plan_lengths
 from paceline.plan.survival import AcceptanceEstimates
 
 _LEAST, _MOST = 2, 20
@@ -56,7 +54,7 @@ class AcceptanceStop:
         return np.asarray(1.0 - self._all_accepted[rows] <= self._h)
 
 
-class SpecDecLength:
+class SpecDecLength(FixedLength):
     """The policy. Drafters that take no forwards of their own propose up to their caps.
 
     Args:
@@ -85,25 +83,10 @@ class SpecDecLength:
                     field="head",
                     fix="Make one for this draft with `paceline train acceptance-head`.",
                 )
-        self._drafters = tuple(
-            replace(d, most=min(d.most, _MOST)) if d.cost_per_token and not d.fixed else d for d in drafters
-        )
-        self._most = sum(d.most for d in self._drafters)
-        self._estimates = estimates
+        capped = [replace(d, most=min(d.most, _MOST)) if d.cost_per_token and not d.fixed else d for d in drafters]
+        super().__init__(capped, estimates)
         self._head = head
         self._h = h
 
-    def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
-        """Up to the caps, and the stop."""
-        asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
-        lengths = np.full(len(asked), self._most)
-        stop = AcceptanceStop(self._head, self._h, len(asked))
-        return plan_lengths(asked, lengths, self._drafters, self._estimates, keep_drafting=stop)
-
-    def learn(self, stats: StepStats) -> None:
-        """Keep the estimates current."""
-        self._estimates.learn(stats)
-
-    def forget(self, request: Request) -> None:
-        """Drop a finished request's estimates."""
-        self._estimates.forget(request)
+    def _stop(self, num_requests: int) -> KeepDrafting:
+        return AcceptanceStop(self._head, self._h, num_requests)

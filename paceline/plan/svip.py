@@ -12,11 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from paceline.arrays import BoolArray
-from paceline.engine.draft_progress import DraftProgress
-from paceline.engine.request import Request
-from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
-from paceline.plan.base import DrafterLimits, sampling
-from paceline.plan.lengths import plan_lengths
+from paceline.engine.draft_progress import DraftProgress, KeepDrafting
+from paceline.plan.base import DrafterLimits
+from paceline.plan.fixed import FixedLength
 from paceline.plan.survival import AcceptanceEstimates
 
 
@@ -35,7 +33,7 @@ class EntropyStop:
         return np.asarray(np.sqrt(self._c * np.maximum(progress.entropy, 0.0)) <= self._h)
 
 
-class SvipLength:
+class SvipLength(FixedLength):
     """The policy. Drafters that take no forwards of their own propose up to their caps.
 
     Args:
@@ -48,21 +46,8 @@ class SvipLength:
     def __init__(
         self, drafters: Sequence[DrafterLimits], estimates: AcceptanceEstimates, *, h: float = 0.3, c: float = 0.15
     ) -> None:
-        self._drafters = tuple(drafters)
-        self._most = sum(d.most for d in drafters)
-        self._estimates = estimates
-        self._stop = EntropyStop(h, c)
+        super().__init__(drafters, estimates)
+        self._keep = EntropyStop(h, c)
 
-    def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
-        """Up to the caps, and the stop."""
-        asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
-        lengths = np.full(len(asked), self._most)
-        return plan_lengths(asked, lengths, self._drafters, self._estimates, keep_drafting=self._stop)
-
-    def learn(self, stats: StepStats) -> None:
-        """Keep the estimates current."""
-        self._estimates.learn(stats)
-
-    def forget(self, request: Request) -> None:
-        """Drop a finished request's estimates."""
-        self._estimates.forget(request)
+    def _stop(self, num_requests: int) -> KeepDrafting:  # noqa: ARG002
+        return self._keep

@@ -10,7 +10,6 @@ RUN/
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from paceline.errors import ConfigError, CorruptFileError
+from paceline.errors import ConfigError
 from paceline.model.draft_weights import fingerprint
 from paceline.model.loader import LoadedModel
 from paceline.train.checkpoint import has_checkpoint, load_checkpoint, remove_checkpoints, save_checkpoint
@@ -26,6 +25,7 @@ from paceline.train.distil import Distiller, DistilSettings, Measurement
 from paceline.train.documents import Documents
 from paceline.train.export import Provenance, export_draft
 from paceline.train.interrupt import Interrupts
+from paceline.train.run_folder import claim
 from paceline.train.student import choose_layers, make_student
 from paceline.train.write import WriteSettings, read_text, write_text
 
@@ -168,31 +168,11 @@ def _resume(distiller: Distiller, checkpoints: Path, data: str, events: Events) 
 
 def _claim(run: Path, target: LoadedModel, settings: DraftSettings, layers: tuple[int, ...]) -> None:
     """Write the options down, or compare them with those of the run that is being gone on with."""
-    path = run / "run.json"
+    if not has_checkpoint(run / "checkpoints"):  # nothing of another run would be mixed in
+        (run / "run.json").unlink(missing_ok=True)
     kept = asdict(settings.distil)
     kept.pop("compile")  # changes the speed only
-    wanted = json.loads(json.dumps({"layers": layers, "intermediate": settings.intermediate, **kept}))
-    wanted = {"target": fingerprint(target), **wanted}
-    if not path.exists() or not has_checkpoint(run / "checkpoints"):  # nothing of another run would be mixed in
-        run.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
-        os.replace(part, path)
-        return
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        fix = "Run the same command with --restart; the training text is kept."
-        raise CorruptFileError("is damaged.", field=str(path), fix=fix) from error
-    changed = [key for key in wanted if found.get(key) != wanted[key]]
-    if changed:
-        now, then = wanted[changed[0]], found.get(changed[0])
-        difference = "another target" if changed[0] == "target" else f"{changed[0]} {then}, now {now}"
-        raise ConfigError(
-            f"holds a run with other options ({difference}).",
-            field=str(run),
-            fix="Give the same options to go on, another --out, or --restart to train anew on the same text.",
-        )
+    claim(run, {"target": fingerprint(target), "layers": layers, "intermediate": settings.intermediate, **kept})
 
 
 def _written_with(folder: Path) -> dict[str, Any]:

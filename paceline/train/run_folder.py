@@ -32,8 +32,9 @@ def claim(run: Path, options: dict[str, Any]) -> None:
         raise CorruptFileError("is damaged.", field=str(path), fix=fix) from error
     for key, now in wanted.items():
         if found.get(key) != now:
+            difference = "another target" if key == "target" else f"{key} {found.get(key)}, now {now}"
             raise ConfigError(
-                f"holds a run with other options ({key} {found.get(key)}, now {now}).",
+                f"holds a run with other options ({difference}).",
                 field=str(run),
                 fix="Give the same options to go on, another --out, or --restart to begin anew on the same text.",
             )
