@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 import numpy as np
 
 from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.draft.suffix_index import Occurrence, SuffixIndex
+from paceline.draft.suffix_votes import Level, Matches, Openness, vote
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
 from paceline.errors import SpeculationSpecError
@@ -35,8 +35,6 @@ _LENGTHS = (3, 5, 9, 17, 33)
 _MIDDLES = (0.01, 0.03, 0.07, 0.14, 0.27, 0.42, 0.6, 0.78, 0.91, 0.97)
 _ENOUGH = 64
 """Occurrences that are considered of each structure."""
-_OWN_WEIGHT = 2.0
-"""What an occurrence in the request's own text counts beside one elsewhere."""
 _WORTH_A_LOOK = 0.03
 """What follows a node is looked up anew where at least this chance would be left open otherwise."""
 _READ_AT_ONCE = 4096
@@ -44,51 +42,11 @@ _READ_AT_ONCE = 4096
 _MAX_TENANTS = 64
 
 
-class _Level(NamedTuple):
-    """A context: its class and the tokens that followed it."""
-
-    of: int
-    following: Container[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Matches:
-    """Occurrences of an ending, the longest first, as columns; a group of them is a list of indices."""
-
-    depth: int
-    """Draft tokens that the ending holds."""
-    levels: list[_Level]
-    """The contexts it was found by, the longest first."""
-    lengths: list[int]
-    texts: list[list[int]]
-    at: list[int]
-    own: list[bool]
-    votes: list[float]
-    """Chance that the text goes on as at this occurrence."""
-
-    def following(self, group: list[int], depth: int) -> dict[int, list[int]]:
-        """The group by the token that comes after `depth` draft tokens."""
-        depth -= self.depth
-        if len(group) == 1:  # most groups
-            text, at = self.texts[group[0]], self.at[group[0]] + depth
-            return {text[at]: group} if at < len(text) else {}
-        by_token: dict[int, list[int]] = {}
-        for i in group:
-            text, at = self.texts[i], self.at[i] + depth
-            if at < len(text):
-                by_token.setdefault(text[at], []).append(i)
-        return by_token
-
-    def sorted_out(self, group: list[int]) -> tuple[int, bool]:
-        """Longest match of a group when it was looked up, and whether one is in the request's own text."""
-        return self.lengths[group[0]], any(map(self.own.__getitem__, group))
-
-
 @dataclass(slots=True)
 class _Draft:
     """A tree in the making, and what is needed to learn from it."""
 
-    after: list[Sequence[_Level]]
+    after: list[Sequence[Level]]
     """The contexts that said what follows the ending (first entry) and each node, the longest first."""
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -106,39 +64,6 @@ class _Draft:
             tokens.append(self.tokens[node])
             node = self.parents[node]
         return tokens[::-1]
-
-
-class Openness:
-    """How often a context is followed by something that never followed it before, by its length and frequency.
-
-    At first 2 / (n + 2) for one that occurred n times; counted from then on, the old fading slowly.
-    """
-
-    _PRIOR, _PRIOR_WEIGHT, _MEMORY = 2.0, 8.0, 500.0
-    _SIZES = (1, 2, 3, 5, 9, 17)
-    _BOUNDS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 40)
-
-    def __init__(self) -> None:
-        sizes = len(self._SIZES)
-        first = [self._PRIOR / (size + self._PRIOR) for size in self._SIZES]
-        self._open = [self._PRIOR_WEIGHT * chance for chance in first] * (len(self._BOUNDS) + 1)
-        self._seen = [self._PRIOR_WEIGHT] * (sizes * (len(self._BOUNDS) + 1))
-
-    def of(self, length: int, size: int) -> int:
-        """Class of a context of `length` tokens that occurred `size` times."""
-        return bisect_right(self._BOUNDS, length) * len(self._SIZES) + bisect_right(self._SIZES, size) - 1
-
-    def chance(self, of: int) -> float:
-        """That something new follows a context of this class."""
-        return self._open[of] / self._seen[of]
-
-    def learn(self, of: int, new: bool) -> None:
-        """Something followed a context of this class."""
-        if self._seen[of] >= self._MEMORY:
-            self._seen[of] *= 0.5
-            self._open[of] *= 0.5
-        self._seen[of] += 1.0
-        self._open[of] += new
 
 
 class _Tenant:
@@ -218,18 +143,18 @@ class SuffixDrafter:
         state.draft = self._grow(state, matches, tokens[-state.own.longest :], context.budget)
         return state.draft.proposal()
 
-    def _look_up(self, state: _State, ending: Sequence[int], depth: int) -> _Matches | None:
+    def _look_up(self, state: _State, ending: Sequence[int], depth: int) -> Matches | None:
         """All occurrences of an ending whose last `depth` tokens are drafted."""
         own = [(o, True) for o in state.own.find(ending, enough=_ENOUGH)]
         past = [(o, False) for o in state.tenant.past.find(ending, enough=_ENOUGH, without=state.sequence)]
         if not own and not past:
             return None
-        return _vote(sorted(own + past, key=_by_length), depth, state.tenant.openness)
+        return vote(sorted(own + past, key=_by_length), depth, state.tenant.openness)
 
-    def _grow(self, state: _State, matches: _Matches, ending: Sequence[int], budget: int) -> _Draft:
+    def _grow(self, state: _State, matches: Matches, ending: Sequence[int], budget: int) -> _Draft:
         """Take the likeliest paths until the budget is spent."""
         draft, openness = _Draft([matches.levels]), state.tenant.openness
-        heap: list[tuple[float, int, int, int, int, float, _Matches, list[int]]] = []  # likeliest first
+        heap: list[tuple[float, int, int, int, int, float, Matches, list[int]]] = []  # likeliest first
         count, node, depth, reach, group = 0, -1, 0, 1.0, list(range(len(matches.votes)))
         known, by_token = 1.0, matches.following(group, 0)
         while True:
@@ -257,7 +182,7 @@ class SuffixDrafter:
             else:
                 known = (1.0 - unknown) / sum([matches.votes[i] for i in group])
                 by_token = matches.following(group, depth)
-                draft.after.append([_Level(of, by_token)] if by_token else [])
+                draft.after.append([Level(of, by_token)] if by_token else [])
 
     def _learn(self, request: Request, state: _State) -> None:
         """Count what followed the contexts of the last draft."""
@@ -316,35 +241,6 @@ class SuffixDrafter:
         idle = next((salt for salt in self._tenants if salt not in busy), None)
         if idle is not None:
             self._num_tokens -= self._tenants.pop(idle).past.num_tokens
-
-
-def _vote(found: Sequence[tuple[Occurrence, bool]], depth: int, openness: Openness) -> _Matches:
-    """The occurrences of an ending with their votes.
-
-    A context of n occurrences that leaves the share e open gives (1 - e) / n of what longer contexts left to each of
-    them, those of longer contexts included. What the shortest one leaves open is nobody's.
-    """
-    levels: list[_Level] = []
-    shares: list[tuple[int, float]] = []  # occurrences of a context, what each of them gets
-    left, following = 1.0, set[int]()
-    for i, ((length, text, at), _) in enumerate(found, start=1):
-        following.add(text[at])
-        if i == len(found) or found[i][0][0] < length:
-            of = openness.of(length, i)
-            chance = openness.chance(of)
-            levels.append(_Level(of, frozenset(following)))
-            shares.append((i, left * (1.0 - chance) / i))
-            left *= chance
-    vote = sum([share for _, share in shares])
-    votes: list[float] = []
-    for size, share in shares:
-        votes += [vote * _OWN_WEIGHT if own else vote for _, own in found[len(votes) : size]]
-        vote -= share
-    scale = (1.0 - left) / sum(votes)
-    occurrences, own = zip(*found, strict=True)
-    lengths, texts, places = zip(*occurrences, strict=True)
-    votes = [scale * vote for vote in votes]
-    return _Matches(depth, levels, list(lengths), list(texts), list(places), list(own), votes)
 
 
 def _likeliest(by_token: dict[int, list[int]], votes: list[float]) -> list[tuple[int, list[int]]]:
