@@ -10,8 +10,8 @@ from engine_tools import greedy, llm, make_request, prompt_of, run
 
 from paceline.draft.base import DraftContext, Proposal
 from paceline.draft.suffix import SuffixDrafter
-from paceline.draft.suffix_votes import Openness
 from paceline.draft.suffix_index import SuffixIndex
+from paceline.draft.suffix_votes import Openness
 from paceline.engine.request import Request
 from paceline.errors import SpeculationSpecError
 
