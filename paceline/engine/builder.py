@@ -96,11 +96,13 @@ def build_engine(
 
     Raises:
         ConfigError: the KV cache cannot hold one full sequence, or the model is not made for that length.
+        SpeculationSpecError: a drafter was given more nodes than a sequence may have tokens.
     """
     speculation = check_speculation(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded))
+    _check_budgets(speculation.spec, max_model_len)
     vocab_size = int(loaded.config.vocab_size)
     made = _drafters(config, speculation, loaded, vocab_size, on_progress)
     policy = _policy(
@@ -182,6 +184,18 @@ def _available_memory() -> int:
         if found:
             return int(found[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_budgets(spec: SpeculationSpec, max_model_len: int) -> None:
+    """Refuse a drafter that was given more nodes than a sequence may have tokens."""
+    for drafter in spec.drafters:
+        most = max(drafter.k or 0, drafter.maximum or 0)
+        if most >= max_model_len:
+            raise SpeculationSpecError(
+                f"{drafter.name} may draft {most} tokens, and a sequence may have {max_model_len} in all.",
+                field="speculation",
+                fix=f"Give it fewer than {max_model_len}, or raise max_model_len.",
+            )
 
 
 def _drafters(

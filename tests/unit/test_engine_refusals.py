@@ -71,6 +71,11 @@ def test_requests_that_are_refused(fields: dict[str, Any], field: str) -> None:
         ({"speculation": "ngram:k=3,lookup_max=1"}, "speculation"),
         ({"speculation": "ngram@nope"}, "speculation"),
         ({"speculation": "draft:k=3"}, "speculation"),
+        ({"speculation": "ngram:k=48", "max_model_len": 48}, "speculation"),
+        ({"speculation": "ngram:max=64", "max_model_len": 48}, "speculation"),
+        ({"speculation": "ngram:k=4", "tree": "k-ary:k=2"}, "tree"),
+        ({"speculation": "ngram:k=4", "tree": "k-ary:depth=2"}, "tree"),
+        ({"rule": "multi", "tree": "rsd-s:width=3"}, "tree"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], field: str) -> None:
