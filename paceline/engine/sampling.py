@@ -18,6 +18,10 @@ from paceline.engine.rng import uniforms
 from paceline.errors import PacelineError, RequestError
 
 _TOP_K_BLOCK = 64
+_DEEPEST = -660.0
+"""Tokens so far below the likeliest (e^-660) are taken to have no probability: beyond it fp64 loses bits."""
+_FP32_REACH = 46.0
+"""Logarithm of the latest finish at which fp32 weights still tell who may finish before."""
 _MIN_TEMPERATURE = 1e-30
 """Below it logits would overflow fp32, and the law is that of the likeliest token alone anyway."""
 
@@ -39,13 +43,18 @@ class Law:
 
     def probabilities(self, vocab_size: int) -> NDArray[np.float64]:
         """The normalised law.  # [vocab_size]"""
-        weights = np.exp(self.logits.astype(np.float64) - float(self.logits.max()))
+        weights = self.weights()
         weights /= weights.sum()
         if self.ids is None:
             return weights
         dense = np.zeros(vocab_size, dtype=np.float64)
         dense[self.ids] = weights
         return dense
+
+    def weights(self) -> NDArray[np.float64]:
+        """Unnormalised probabilities, the largest 1; what fp64 cannot hold to its last bit is 0.  # [num_support]"""
+        below = self.logits.astype(np.float64) - float(self.logits.max())
+        return np.where(below < _DEEPEST, 0.0, np.exp(np.maximum(below, _DEEPEST)))
 
     def having(self, probabilities: NDArray[np.float64]) -> Law:
         """A law like this one, drawn from in the same way, with other probabilities.  # [vocab]"""
@@ -91,19 +100,20 @@ class Law:
         peak = float(self.logits[leaders[0]])
         weights = np.exp(self.logits - np.float32(peak))
         shift = float(np.log(weights.sum(dtype=np.float64)))
-        bound = _times(noise[leaders], self.logits[leaders], peak).max()
-        one_minus_u = (np.invert(noise).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-        with np.errstate(invalid="ignore"):  # the bound is infinite where a leader has no probability
-            rivals = np.flatnonzero((one_minus_u <= weights * np.float32(min(bound * 1.0001, 1e30))) & (weights > 0.0))
-        times = _times(noise[rivals], self.logits[rivals], peak)
+        bound = float(_log_times(noise[leaders], self.logits[leaders], peak).max())
+        if bound < _FP32_REACH:
+            one_minus_u = (np.invert(noise).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
+            rivals = np.flatnonzero(one_minus_u <= weights * np.float32(np.exp(bound) * 1.0001))
+        else:  # a leader is so unlikely that fp32 weights would lose its rivals
+            rivals = np.flatnonzero(self.weights())
+        times = _log_times(noise[rivals], self.logits[rivals], peak)
         order = np.argsort(times, kind="stable")[:count]
-        return index[rivals[order]].astype(np.int64), -np.log(times[order]) - shift
+        return index[rivals[order]].astype(np.int64), -times[order] - shift
 
 
-def _times(noise: NDArray[np.uint32], logits: NDArray[np.floating], peak: float) -> NDArray[np.float64]:
-    """When tokens finish the exponential race."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(-np.log(uniforms(noise)) / np.exp(logits.astype(np.float64) - peak), dtype=np.float64)
+def _log_times(noise: NDArray[np.uint32], logits: NDArray[np.floating], peak: float) -> NDArray[np.float64]:
+    """Logarithms of the times at which tokens finish the exponential race."""
+    return np.asarray(np.log(-np.log(uniforms(noise))) - (logits.astype(np.float64) - peak), dtype=np.float64)
 
 
 def build_law(

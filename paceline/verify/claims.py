@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.sampling import Law
@@ -68,19 +67,15 @@ def _same(a: Law, b: Law) -> bool:
     return same_ids and np.array_equal(a.logits, b.logits)
 
 
-def _weights(law: Law) -> NDArray[np.float64]:
-    return np.exp(law.logits.astype(np.float64) - float(law.logits.max()))
-
-
 def _can_draw(law: Law, token: int) -> bool:
     if law.ids is not None:
         at = int(np.searchsorted(law.ids, token))
         if at == len(law.ids) or law.ids[at] != token:
             return False
         token = at
-    return token < len(law.logits) and bool(_weights(law)[token] > 0.0)
+    return token < len(law.logits) and bool(law.weights()[token] > 0.0)
 
 
 def _support(law: Law) -> int:
     """Tokens that the law can draw."""
-    return int(np.count_nonzero(_weights(law)))
+    return int(np.count_nonzero(law.weights()))

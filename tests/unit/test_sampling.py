@@ -11,7 +11,7 @@ from lossless.reference import OPTION_MIXES, chi_square, option_mixes, slow_draw
 from numpy.typing import NDArray
 
 from paceline.config import SamplingParams
-from paceline.engine.rng import Noise, Stream
+from paceline.engine.rng import Noise, Stream, uniforms
 from paceline.engine.sampling import Law, build_law, edit_logits, token_logprobs, top_ids
 from paceline.errors import PacelineError
 
@@ -223,3 +223,19 @@ def test_token_logprobs_equal_log_softmax() -> None:
         assert [token for token, _ in best] == top.indices.tolist()
         np.testing.assert_allclose([value for _, value in best], top.values.numpy(), rtol=1e-12)
     assert token_logprobs(rows(1, 9, 1.0, seed=9)[0], [], 0) == ([], [])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.03, 0.005])
+def test_the_first_tokens_of_the_race_at_any_temperature(temperature: float) -> None:
+    """Against the obvious sort of log-probability plus Gumbel noise: also far down a peaked law, where fp32 ends."""
+    for seed in range(20):
+        logits = (np.random.default_rng(seed).normal(0, 4, 200) / temperature).astype(np.float32)
+        words = Noise(seed).words(3, Stream.DRAFT, 200)
+        law = Law(logits)
+        p = law.probabilities(200)
+        scores = np.full(200, -np.inf)
+        scores[p > 0] = np.log(p[p > 0]) - np.log(-np.log(uniforms(words[p > 0])))
+        expected = np.argsort(-scores, kind="stable")[: min(6, int((p > 0).sum()))]
+        tokens, found = law.first(words, 6)
+        assert tokens.tolist() == expected.tolist()
+        np.testing.assert_allclose(found, scores[expected], rtol=1e-5, atol=1e-4)
