@@ -6,6 +6,7 @@ which on a GPU leaves holes that the next, larger request does not fit into.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -50,3 +51,8 @@ def roomy_cache(config: Any, length: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_keyword(model: torch.nn.Module) -> str:
+    """What a model's forward calls its cache: transformers renamed it in 5.24 and warns of the old name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -26,7 +26,7 @@ from paceline.errors import ConfigError, CorruptFileError
 from paceline.model.draft_weights import fingerprint, public_name
 from paceline.model.loader import LoadedModel
 from paceline.train.attention import use_library_attention
-from paceline.train.cache import roomy_cache
+from paceline.train.cache import cache_keyword, roomy_cache
 from paceline.train.documents import Collection, Documents, clean, load_documents, load_shard, save_shard, shard_path
 from paceline.train.prompts import Kind, OpeningRule, Script, file_scripts, own_scripts
 
@@ -156,12 +156,13 @@ class BatchWriter:
     def run(self, on_progress: Progress = lambda _: None) -> Iterator[tuple[NDArray[np.int32], BoolArray]]:
         """Write the batch; (tokens, own) of every document."""
         cache = roomy_cache(self._model.config, self._length)
+        cached = {cache_keyword(self._model): cache}
         feed = self._given[:, 0, : self._common].long()
         self._out[:, : self._common] = feed.int()
         self._next_piece(self._place == self._given_len[:, 0])
         position = self._common
         for position in range(self._common, self._length):
-            output = self._model(input_ids=feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self._model(input_ids=feed, use_cache=True, logits_to_keep=1, **cached)
             feed = self._step(output.logits[:, -1].float(), position)[:, None]
             if position % _COMPACT_EVERY == 0:
                 kept = torch.nonzero(self._alive)[:, 0]

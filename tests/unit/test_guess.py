@@ -93,7 +93,8 @@ def same(a: Proposal, b: Proposal) -> bool:
     ):
         return False
     pairs = zip(a.laws or (), b.laws or (), strict=True)
-    return all(np.allclose(x.probabilities(96), y.probabilities(96), atol=1e-5) for x, y in pairs)
+    # A forward of more rows sums in another order.
+    return all(np.allclose(x.probabilities(96), y.probabilities(96), atol=1e-4) for x, y in pairs)
 
 
 def rounds(
