@@ -34,6 +34,7 @@ from paceline.bench.host import host_info
 from paceline.bench.spec import builtin_questions, parse_questions
 from paceline.bench.tree_rounds import Round, TreeRounds, Trial, Walkers, bootstrap, learn_ranks
 from paceline.engine.positional import best_trees, positional
+from paceline.model.draft_weights import is_draft, load_draft
 from paceline.model.loader import load_model
 
 NODES, DEPTH = 30, 12
@@ -57,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         draft = args.draft or save_without(args.model, args.skip, folder)
         settings = {"speculation": "none", "max_model_len": _MAX_MODEL_LEN, "kv_cache_memory": _KV_BYTES}
-        target, drafting = LLM(loaded, **settings), LLM(load_model(draft, dtype=args.dtype), **settings)
+        drafting = load_draft(draft, loaded) if is_draft(draft) else load_model(draft, dtype=args.dtype)
+        target, drafting = LLM(loaded, **settings), LLM(drafting, **settings)
     host = host_info(loaded.dtype, torch.device("cpu"))
     about = args.draft or f"{args.model} without layers {args.skip}"
     print(f"{host}\ntarget {args.model}, draft {about}, {args.contexts} contexts\n")

@@ -55,8 +55,15 @@ def test_the_joint_law_of_two_tokens(tiny: Tiny, tree: str, rule: str) -> None:
     _law(tiny, tree, rule, FEW)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.03])
+@pytest.mark.parametrize(("tree", "rule"), FAST[:3])
+def test_peaked_laws(tiny: Tiny, tree: str, rule: str, temperature: float) -> None:
+    """Late siblings come from far down the law, where fp32 weights have ended."""
+    _law(tiny, tree, rule, FEW // 2, temperature=temperature)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.1}, {"top_k": 3}], ids=str)
 @pytest.mark.parametrize(("tree", "rule"), CASES)
 def test_the_joint_law_of_two_tokens_at_length(tiny: Tiny, tree: str, rule: str, options: dict[str, float]) -> None:
     _law(tiny, tree, rule, RUNS, **options)
