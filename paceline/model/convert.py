@@ -11,8 +11,14 @@ from typing import Any
 from paceline.model import store
 from paceline.model.progress import Reporter
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised when the converter's output changes, so that cached conversions are made again."""
+BLOCKS_FILE = "gguf-blocks.safetensors"
+"""Beside the dequantised weights: those that can run in the GGUF file's precision, as they are in it."""
+BLOCKS_FORMAT = "gguf-blocks-1"
+"""What the metadata of that file says of itself under `format`."""
+KEPT_KINDS = ("Q4_0", "Q4_1", "Q8_0")
+"""The GGUF types that can run in their own precision; all others run dequantised."""
 
 
 def build_checkpoint(gguf: Path, folder: Path, facts: dict[str, Any], reporter: Reporter) -> Path:

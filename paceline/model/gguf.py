@@ -1,40 +1,28 @@
 """Turn a GGUF file into a checkpoint folder that `transformers` loads.
 
 Every tensor is dequantised. The stored type is float32, which holds every dequantised value exactly; a file
-whose matrices are all bf16 (or all f16) keeps that type if its norms and biases fit in it exactly.
+whose matrices are all bf16 (or all f16) keeps that type if its norms and biases fit in it exactly. Matrices that
+can run in the file's own precision are stored a second time, as they are (`convert.BLOCKS_FILE`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Kind
 
 from paceline.errors import CorruptFileError, UnsupportedModelError
+from paceline.model.convert import BLOCKS_FILE
 from paceline.model.gguf_config import build_config
 from paceline.model.gguf_reader import GgufFile, GgufTensor
 from paceline.model.gguf_tokenizer import save_tokenizer
+from paceline.model.gguf_weights import Rule, write_blocks, write_weights
 
 _ROPE_FREQS = "rope_freqs.weight"
-_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}  # safetensors name, bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Rule:
-    """Where one tensor of the checkpoint comes from."""
-
-    source: str
-    target: str
-    shape: tuple[int, ...]
-    heads: int = 0
-    """Number of heads whose rows llama.cpp interleaved for its rotary embedding; 0 if rows are in order."""
 
 
 def convert(path: Path, folder: Path, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -59,7 +47,8 @@ def convert(path: Path, folder: Path, on_progress: Callable[[int, int], None] | 
         ids = _token_ids(file.metadata, ends, config["vocab_size"], path)
         _write_json(folder / "config.json", config | ids)
         _write_json(folder / "generation_config.json", ids)
-        _write_weights(file, rules, config["dtype"], folder / "model.safetensors", on_progress)
+        write_weights(file, rules, config["dtype"], folder / "model.safetensors", on_progress)
+        write_blocks(file, rules, folder / BLOCKS_FILE)
 
 
 def _config(file: GgufFile) -> dict[str, Any]:
@@ -76,7 +65,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _rules(config: dict[str, Any]) -> list[_Rule]:
+def _rules(config: dict[str, Any]) -> list[Rule]:
     """All tensors of the checkpoint, in order."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads, kv_heads, head_dim = (
@@ -85,7 +74,7 @@ def _rules(config: dict[str, Any]) -> list[_Rule]:
         config["head_dim"],
     )
     arch = config["model_type"]
-    rules = [_Rule("token_embd.weight", "model.embed_tokens.weight", (vocab, hidden))]
+    rules = [Rule("token_embd.weight", "model.embed_tokens.weight", (vocab, hidden))]
     for layer in range(config["num_hidden_layers"]):
         parts: list[tuple[str, str, tuple[int, ...]]] = [
             ("attn_norm.weight", "input_layernorm.weight", (hidden,)),
@@ -107,16 +96,16 @@ def _rules(config: dict[str, Any]) -> list[_Rule]:
         # llama.cpp rotates adjacent pairs for llama, and only for it among these, and reorders its rows.
         order = {"attn_q.weight": heads, "attn_k.weight": kv_heads} if arch == "llama" else {}
         rules += [
-            _Rule(f"blk.{layer}.{source}", f"model.layers.{layer}.{target}", shape, order.get(source, 0))
+            Rule(f"blk.{layer}.{source}", f"model.layers.{layer}.{target}", shape, order.get(source, 0))
             for source, target, shape in parts
         ]
-    rules.append(_Rule("output_norm.weight", "model.norm.weight", (hidden,)))
+    rules.append(Rule("output_norm.weight", "model.norm.weight", (hidden,)))
     if not config["tie_word_embeddings"]:
-        rules.append(_Rule("output.weight", "lm_head.weight", (vocab, hidden)))
+        rules.append(Rule("output.weight", "lm_head.weight", (vocab, hidden)))
     return rules
 
 
-def _check_tensors(file: GgufFile, rules: list[_Rule]) -> None:
+def _check_tensors(file: GgufFile, rules: list[Rule]) -> None:
     """Every tensor is there in its shape, and none is left over: a dropped bias would change the model."""
     for rule in rules:
         tensor = file.tensors.get(rule.source)
@@ -134,7 +123,7 @@ def _check_tensors(file: GgufFile, rules: list[_Rule]) -> None:
         )
 
 
-def _stored_dtype(file: GgufFile, rules: list[_Rule]) -> str:
+def _stored_dtype(file: GgufFile, rules: list[Rule]) -> str:
     tensors = [file.tensors[rule.source] for rule in rules]
     matrices = {tensor.kind for tensor in tensors if len(tensor.shape) > 1}
     for kind, dtype in ((Kind.BF16, "bfloat16"), (Kind.F16, "float16")):
@@ -164,49 +153,6 @@ def _token_ids(metadata: dict[str, Any], ends: list[int], vocab_size: int, path:
         "pad_token_id": pad if pad is not None else next(iter(ends), None),
     }
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def _write_weights(
-    file: GgufFile, rules: list[_Rule], dtype: str, path: Path, on_progress: Callable[[int, int], None] | None
-) -> None:
-    """Write a safetensors file tensor by tensor, so that memory holds one tensor and not the model."""
-    code, width = _DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    total = 0
-    for rule in rules:
-        size = width * file.tensors[rule.source].numel
-        header[rule.target] = {
-            "dtype": code,
-            "shape": list(rule.shape),
-            "data_offsets": [total, total + size],
-        }
-        total += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    done = 0
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for rule in rules:
-            done += out.write(_encode(_in_order(file.dequantise(rule.source), rule.heads), dtype))
-            if on_progress is not None:
-                on_progress(done, total)
-        out.flush()
-        os.fsync(out.fileno())  # the rename that publishes the folder must not overtake its contents
-
-
-def _in_order(rows: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
-    """Undo llama.cpp's pairing: `[head][dim/2][2] -> [head][2][dim/2]` along the rows."""
-    if not heads:
-        return rows
-    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _encode(values: npt.NDArray[np.float32], dtype: str) -> bytes:
-    if dtype == "float16":
-        return values.astype("<f2").tobytes()
-    if dtype == "bfloat16":  # exact here, so the upper half is the whole value
-        return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
-    return values.astype("<f4", copy=False).tobytes()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -98,6 +98,16 @@ class GgufFile:
         """Release the file."""
         self._map.close()
 
+    def stored(self, name: str, low: int = 0, high: int | None = None) -> npt.NDArray[np.uint8]:
+        """The bytes of rows `low` to `high` (all by default) of one tensor.  # [rows, bytes of a row]"""
+        tensor = self.tensors[name]
+        rows = tensor.numel // tensor.shape[-1]
+        row_bytes = tensor.nbytes // rows
+        high = rows if high is None else high
+        # Copied out of the map, so that no array keeps the file open.
+        raw = self._map[tensor.start + low * row_bytes : tensor.start + high * row_bytes]
+        return np.frombuffer(raw, dtype=np.uint8).reshape(high - low, row_bytes)
+
     def dequantise(self, name: str) -> npt.NDArray[np.float32]:
         """The values of one tensor, in its shape.
 
@@ -108,17 +118,13 @@ class GgufFile:
         tensor = self.tensors[name]
         out = np.empty(tensor.shape, dtype=np.float32)
         flat = out.reshape(-1, tensor.shape[-1])
-        row_bytes = tensor.nbytes // len(flat)
         step = max(1, _ROWS_BYTES // (4 * tensor.shape[-1]))
         for low in range(0, len(flat), step):
             high = min(len(flat), low + step)
-            # Copied out of the map, so that no array keeps the file open.
-            raw = self._map[tensor.start + low * row_bytes : tensor.start + high * row_bytes]
-            stored = np.frombuffer(raw, dtype=np.uint8).reshape(high - low, row_bytes)
             try:
                 # Infinite scales of a damaged file are reported below, not as numpy warnings.
                 with np.errstate(all="ignore"):
-                    flat[low:high] = dequantize(stored, tensor.kind)
+                    flat[low:high] = dequantize(self.stored(name, low, high), tensor.kind)
             except NotImplementedError as error:
                 _unsupported_kind(self.path, name, tensor.kind.name, error)
         if not np.isfinite(out).all():
