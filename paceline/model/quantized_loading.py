@@ -1,0 +1,173 @@
+"""Build a `transformers` model whose matrices stay in the blocks of the GGUF file that they came from.
+
+4-bit matrices run as they are (`Int4Linear`). Q8_0 has a scale for every 32 weights, which the int8 operator lacks,
+so its matrices get the nearest weights with one scale a row (`Int8Linear`), and the log says how far off those are;
+an embedding in Q8_0 stays exact. Peak memory is the model plus one matrix: both files are mapped, and the dequantised
+one is read only for what has no blocks (norms, biases, matrices of other types).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paceline.errors import CorruptFileError
+from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT, KEPT_KINDS
+from paceline.model.gguf_blocks import BLOCK_BYTES, columns, dequantise, take_apart
+from paceline.model.quantized_embedding import QuantizedEmbedding
+from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available, round_rows
+
+logger = logging.getLogger(__name__)
+_WEIGHTS = "model.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head"
+_ROWS = 4096
+"""Rows of a Q8_0 matrix that are worked on at a time."""
+
+
+def can_keep(folder: Path) -> bool:
+    """Whether a checkpoint folder has matrices in a GGUF file's blocks and this CPU multiplies with them.
+
+    Says so in the log if it is the CPU that cannot.
+    """
+    if not (folder / BLOCKS_FILE).is_file():
+        return False
+    if kernels_available():
+        return True
+    logger.warning(
+        "this CPU (%s) has no fast kernels for 4-bit and 8-bit weights: those of %s are dequantised",
+        torch.backends.cpu.get_cpu_capability(),
+        folder.name,
+    )
+    return False
+
+
+def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    """Load a folder that `can_keep` said yes to.
+
+    Args:
+        folder: the checkpoint.
+        config: its `transformers` config.
+        dtype: of activations, and of all weights that are not kept.
+
+    Returns:
+        The `transformers` model on the CPU, and the GGUF types that were kept, in alphabetical order.
+
+    Raises:
+        CorruptFileError: the blocks cannot be read, or do not fit the rest of the checkpoint.
+    """
+    path = folder / BLOCKS_FILE
+    model = _skeleton(config, dtype)
+    kinds = _kinds(model, path)
+    rest = _rest(folder / _WEIGHTS, kinds, dtype)
+    if _EMBEDDING in kinds:  # mapped by itself, so that what the others have read is unmapped with them
+        rows = dict(_stored(path, [_EMBEDDING]))[_EMBEDDING]
+        model.set_input_embeddings(QuantizedEmbedding(rows, kinds[_EMBEDDING], dtype))
+    errors: dict[str, float] = {}
+    for name, rows in _stored(path, _matrices(model, kinds)):
+        place = _HEAD if name == _EMBEDDING else name.removesuffix(".weight")
+        bias = rest.pop(f"{place}.bias", None)
+        model.set_submodule(place, _linear(rows, kinds[name], bias, dtype, errors, place))
+    _fill(model, rest, folder / _WEIGHTS)
+    _report(errors)
+    return model, tuple(sorted(set(kinds.values())))
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """The model without weights; of the architectures that GGUF files have, RoPE alone computes something itself."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from paceline.model import attention as _attention  # noqa: F401  # registers "paceline"
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="paceline")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model
+
+
+def _kinds(model: Any, path: Path) -> dict[str, str]:
+    """The kind of every kept matrix by its name, all checked to be matrices of the model in their shape."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            kinds = dict(file.metadata() or {})
+            shapes = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"cannot be read ({error}).", field=str(path)) from error
+    if kinds.pop("format", None) != BLOCKS_FORMAT or kinds.keys() != shapes.keys():
+        raise CorruptFileError("does not say what its tensors are.", field=str(path))
+    parameters = dict(model.named_parameters())
+    for name, kind in kinds.items():
+        parameter = parameters.get(name)
+        if kind not in KEPT_KINDS or parameter is None or parameter.dim() != 2:
+            raise CorruptFileError(f"has the tensor {name!r} of kind {kind!r}.", field=str(path))
+        rows, width = parameter.shape
+        if shapes[name] != ("U8", [rows, width // columns(BLOCK_BYTES[kind], kind) * BLOCK_BYTES[kind]]):
+            raise CorruptFileError(f"tensor {name!r} does not fit the model.", field=str(path))
+    return kinds
+
+
+def _rest(path: Path, kinds: dict[str, str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights that are not kept in blocks."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).to(dtype, copy=True) for name in file.keys() if name not in kinds}
+
+
+def _stored(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored rows of matrices, mapped.  # uint8 [N, B]"""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            yield name, file.get_tensor(name)
+
+
+def _matrices(model: Any, kinds: dict[str, str]) -> list[str]:
+    """Names of the kept matrices that tokens are multiplied with; a tied embedding is one of them."""
+    return [name for name in kinds if name != _EMBEDDING or model.config.tie_word_embeddings]
+
+
+def _linear(
+    rows: torch.Tensor, kind: str, bias: torch.Tensor | None, dtype: torch.dtype, errors: dict[str, float], place: str
+) -> QuantizedLinear:
+    """The layer over stored rows; notes the error of one whose weights had to change."""
+    if kind != "Q8_0":
+        return Int4Linear(take_apart(rows, kind), bias, dtype)
+    parts, changed, whole = [], 0.0, 0.0
+    for stored in rows.split(_ROWS):
+        weight = dequantise(stored, kind)
+        levels, scales = round_rows(weight)
+        parts.append((levels, scales))
+        changed += float((levels.float() * scales.float()[:, None] - weight).square().sum())
+        whole += float(weight.square().sum())
+    errors[place] = (changed / whole) ** 0.5 if whole else 0.0
+    return Int8Linear(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), bias, dtype)
+
+
+def _fill(model: Any, rest: dict[str, torch.Tensor], path: Path) -> None:
+    """Put the other weights in their places; every place must be filled then."""
+    model.load_state_dict(rest, strict=False, assign=True)
+    if _EMBEDDING in rest:  # a kept one has given the head its own layer
+        model.tie_weights()
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise CorruptFileError(f"lacks the tensor {empty[0]!r}.", field=str(path))
+
+
+def _report(errors: dict[str, float]) -> None:
+    if errors:
+        name, worst = max(errors.items(), key=lambda item: item[1])
+        logger.info(
+            "Q8_0 runs with one int8 scale a row (%d matrices); rms error of the product at most %.2f%% (%s)",
+            len(errors),
+            100 * worst,
+            "logits" if name == _HEAD else name,
+        )
