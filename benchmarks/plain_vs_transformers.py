@@ -47,7 +47,7 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=loaded.dtype, attn_implementation="sdpa").eval()
     questions = [json.loads(line)["turns"][0] for line in QUESTIONS.read_text().splitlines()]
     prompts = [llm.chat_prompt([{"role": "user", "content": q}]) for q in questions]
-    result: dict[str, Any] = {"host": host_info(loaded.dtype, loaded.device), "model": args.model}
+    result: dict[str, Any] = {"host": host_info(loaded.precision, loaded.device), "model": args.model}
     for batch, groups in ((1, [[p] for p in prompts[::4]]), (8, [prompts[i : i + 8] for i in range(0, 24, 8)])):
         result[f"batch_{batch}"] = compare(llm, reference, groups, args.max_tokens, args.rounds)
     result["host_share"] = {f"temperature_{t}": host_share(llm, prompts[0], t) for t in (0, 1)}

@@ -58,7 +58,7 @@ def main() -> None:
         requests, nodes = map(int, args.profile.split("x"))
         profile(Steps(requests, nodes, ("ngram",)), args.seconds)
         return
-    host = host_info(torch.float32, torch.device("cpu"))
+    host = host_info("float32", torch.device("cpu"))
     print(f"{host}\npython benchmarks/planning_time.py --seconds {args.seconds}\n")
     rows = [measure(n, nodes, names, args.seconds) for names in (("ngram",), AUTO_DRAFTERS) for n, nodes in SIZES]
     print(

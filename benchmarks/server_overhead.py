@@ -80,7 +80,7 @@ def main() -> None:
         server.wait(30)
         offline.wait(30)
     result = {
-        "host": host_info(getattr(torch, args.dtype), torch.device("cpu")),
+        "host": host_info(args.dtype, torch.device("cpu")),
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
         "rows": rows,
     }

@@ -60,7 +60,7 @@ def main() -> None:
         settings = {"speculation": "none", "max_model_len": _MAX_MODEL_LEN, "kv_cache_memory": _KV_BYTES}
         drafting = load_draft(draft, loaded) if is_draft(draft) else load_model(draft, dtype=args.dtype)
         target, drafting = LLM(loaded, **settings), LLM(drafting, **settings)
-    host = host_info(loaded.dtype, torch.device("cpu"))
+    host = host_info(loaded.precision, torch.device("cpu"))
     about = args.draft or f"{args.model} without layers {args.skip}"
     print(f"{host}\ntarget {args.model}, draft {about}, {args.contexts} contexts\n")
     results: dict[str, Any] = {}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 
-def host_info(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The machine, the software and the command line, for the record."""
+def host_info(precision: str, device: torch.device) -> dict[str, Any]:
+    """The machine, the software and the command line, for the record; `precision` as `LoadedModel.precision`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{_cpu_model()}, {cores} cores"
     return {
@@ -24,7 +24,7 @@ def host_info(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "torch_threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": precision,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("paceline", "torch", "transformers")},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

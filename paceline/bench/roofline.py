@@ -16,6 +16,7 @@ from torch import nn
 
 from paceline.model.loader import LoadedModel
 from paceline.model.packed_linear import PackedLinear
+from paceline.model.quantized_linear import QuantizedLinear
 
 _REPEATS = 5
 _SECONDS = 0.7
@@ -32,7 +33,8 @@ class Roofline:
 
     weights: int
     """Weights that a token is multiplied with; of experts, those that it is sent to."""
-    bytes_per_weight: int
+    bytes_per_weight: float
+    """Scales of quantised weights are counted with them."""
     bytes_per_second: float
     """Of memory."""
     flops_per_second: float
@@ -60,9 +62,13 @@ class Roofline:
 
 def measure_roofline(loaded: LoadedModel) -> Roofline:
     """Measure the machine, in a few seconds, with the threads that PyTorch uses now."""
+    weights = active_weights(loaded.model, loaded.config)
+    quantized = [m for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
+    kept = sum(m.in_features * m.out_features for m in quantized)
+    size = (weights - kept) * loaded.dtype.itemsize + sum(m.num_bytes for m in quantized)
     return Roofline(
-        weights=active_weights(loaded.model, loaded.config),
-        bytes_per_weight=loaded.dtype.itemsize,
+        weights=weights,
+        bytes_per_weight=size / weights,
         bytes_per_second=measure_bandwidth(loaded.device),
         flops_per_second=measure_flops(loaded.dtype, loaded.device),
     )
@@ -82,7 +88,7 @@ def active_weights(model: nn.Module, config: Any) -> int:
         if isinstance(module, nn.Embedding):
             continue
         count = sum(p.numel() for p in module.parameters(recurse=False))
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedLinear | QuantizedLinear):
             count += module.in_features * module.out_features
         total += count * (share if ".experts" in name else 1.0)
     return round(total)

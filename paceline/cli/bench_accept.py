@@ -134,7 +134,7 @@ def _report(args: argparse.Namespace, rows: Sequence[Row], *, complete: bool) ->
     from paceline.bench.host import host_info
 
     result = {
-        "host": host_info(torch.float32, torch.device("cpu")),
+        "host": host_info("float32", torch.device("cpu")),
         "complete": complete,
         "settings": {name: getattr(args, name) for name in ("warmup", "requests", "control", "seed")},
         "rows": [dataclasses.asdict(row) for row in rows],

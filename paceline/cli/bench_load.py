@@ -147,7 +147,7 @@ def _engines(
     return clients, {
         "mode": "in process",
         "model": args.model,
-        "host": host_info(model.dtype, model.device),
+        "host": host_info(model.precision, model.device),
         "fixed": [text for text in specs if parse_speculation(text).policy in ("none", "fixed")],
     }
 
@@ -171,7 +171,7 @@ def _servers(
             stack.callback(_close, runner, client)
             runner.run(client.connect(texts))
         runner.run(warm_up(clients, bench.workload))  # a request that fails now fails again, and is counted then
-    host = host_info(torch.float32, torch.device("cpu"))
+    host = host_info("float32", torch.device("cpu"))
     return dict(clients), {
         "mode": "http",
         "model": next(iter(clients.values())).model,

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             llm = options.open_llm(model, {**engine, "speculation": text}, console)
             engines[text] = stack.enter_context(llm)
             model = llm.loaded  # the weights are there once, whatever the number of engines
-        host = host_info(model.dtype, model.device)
+        host = host_info(model.precision, model.device)
         try:
             for item in _measure(engines, questions, params, args, console):
                 measured.append(item)
@@ -203,6 +203,6 @@ def note(result: dict[str, Any], rows: Sequence[Row]) -> str:
     ]
     if not result["complete"]:
         lines.append("Stopped early: only questions answered with every setting are counted.")
-    if any(row.same_output < row.compared for row in rows) and result["host"]["dtype"] != "float32":
+    if any(row.same_output < row.compared for row in rows) and "bfloat16" in result["host"]["dtype"]:
         lines.append("In bfloat16 rounding depends on the batch's shape and can tip near ties; try --dtype float32.")
     return "\n".join(lines)

@@ -134,7 +134,7 @@ def _report(args: argparse.Namespace, rows: Sequence[Row], *, complete: bool) ->
         "model": args.model,
         "quick": args.quick,
         "complete": complete,
-        "host": host_info(torch.float32, torch.device("cpu")),
+        "host": host_info("float32", torch.device("cpu")),
         "rows": [row.as_json() for row in rows],
     }
     if args.json is not None:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         table, source = costs(llm, console, refresh=args.refresh)
         with options.status(console, "measuring memory and arithmetic"):
             roofline = measure_roofline(llm.loaded)
-        host = host_info(llm.loaded.dtype, llm.loaded.device)
+        host = host_info(llm.loaded.precision, llm.loaded.device)
     bound = {**dataclasses.asdict(roofline), "memory_seconds": roofline.memory_seconds, "ridge_tokens": roofline.ridge}
     table = replace(table, about={**table.about, "roofline": bound, "host": host})
     if args.json is not None:

@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device)
+        target = load_model(args.model, dtype=args.dtype, device=args.device, keep_quantised=False)
         draft = open_draft(args.draft, target)
-    host = host_info(target.dtype, target.device)
+    host = host_info(target.precision, target.device)
     with _events(console) as events:
         folder = train_acceptance_head(
             target,

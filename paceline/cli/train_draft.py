@@ -115,9 +115,9 @@ def run(args: argparse.Namespace) -> int:
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device)
+        target = load_model(args.model, dtype=args.dtype, device=args.device, keep_quantised=False)
     settings = _settings(args, on_cpu=target.device.type == "cpu")
-    host = host_info(target.dtype, target.device)
+    host = host_info(target.precision, target.device)
     hardware = f"{host['device']}, {host['dtype']}, torch {torch.__version__}"
     with _events(console) as events:
         folder = train_draft(

@@ -232,7 +232,8 @@ def _load_draft(
     on_progress(f"loading draft model {model}")
     if is_draft(model):
         return load_draft(model, target)
-    name = "float32" if target.dtype == torch.float32 else "bfloat16"
+    # Beside a target in a file's own precision the draft may keep its file's, too.
+    name = "auto" if target.kept_kinds else str(target.dtype).removeprefix("torch.")
     draft = load_model(model, dtype=name, device=str(target.device), trust_remote_code=config.trust_remote_code)
     if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise SpeculationSpecError(

@@ -79,7 +79,7 @@ def profile_key(loaded: LoadedModel, blocks: BlockManager, max_model_len: int) -
     """What the costs of a model depend on."""
     device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else ""
     longest = min(max_model_len, blocks.num_blocks * blocks.block_size, _CONTEXT + SIZES[-1])
-    return ProfileKey.of(loaded.config.to_dict(), str(loaded.dtype).removeprefix("torch."), device, longest)
+    return ProfileKey.of(loaded.config.to_dict(), loaded.precision, device, longest)
 
 
 def measure_costs(

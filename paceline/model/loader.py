@@ -13,6 +13,7 @@ import torch
 
 from paceline.errors import ConfigError, CorruptFileError, PacelineError, UnsupportedModelError
 from paceline.model.checks import check_architecture, check_folder, file_with_code, max_positions
+from paceline.model.quantized_loading import can_keep, load_quantized
 from paceline.model.source import resolve_source
 
 __all__ = ["LoadedModel", "check_architecture", "load_model", "resolve_device", "resolve_dtype"]
@@ -43,18 +44,33 @@ class LoadedModel:
     """Tokens that end a text, in ascending order; may be empty."""
     max_model_len: int
     """Longest sequence the model was made for, in tokens."""
+    kept_kinds: tuple[str, ...] = ()
+    """Types of a GGUF file that matrices are kept in, such as `Q4_1`; empty where all weights are in `dtype`."""
+
+    @property
+    def precision(self) -> str:
+        """Its number formats in a word, for records: `float32`, or `Q4_1+Q8_0 in float32`."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{'+'.join(self.kept_kinds)} in {dtype}" if self.kept_kinds else dtype
 
 
 def load_model(
-    source: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    keep_quantised: bool = True,
 ) -> LoadedModel:
     """Find, check and load a model.
 
     Args:
         source: see `resolve_source`.
-        dtype: see `resolve_dtype`.
+        dtype: of activations and weights, see `resolve_dtype`. With `auto` on a CPU, matrices of a GGUF file in a type
+            that `quantized_loading.py` knows stay in it: that model is the target then.
         device: see `resolve_device`.
         trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
+        keep_quantised: False dequantises under `auto`, too, for whoever needs gradients.
 
     Raises:
         ConfigError: dtype or device is impossible here.
@@ -71,7 +87,11 @@ def load_model(
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
-        model = _read_weights(path, config, torch_dtype, trust_remote_code)
+        kept_kinds: tuple[str, ...] = ()
+        if keep_quantised and dtype == "auto" and torch_device.type == "cpu" and can_keep(path):
+            model, kept_kinds = load_quantized(path, config, torch_dtype)
+        else:
+            model = _read_weights(path, config, torch_dtype, trust_remote_code)
     text_config = model.config.get_text_config()
     return LoadedModel(
         name=source,
@@ -83,6 +103,7 @@ def load_model(
         device=torch_device,
         eos_token_ids=_eos_token_ids(model, text_config, tokenizer),
         max_model_len=max_positions(text_config),
+        kept_kinds=kept_kinds,
     )
 
 

@@ -40,12 +40,17 @@ class QuantizedLinear(nn.Module):
         """The weight that the layer multiplies with, in `dtype`: a copy, for code that looks at it.  # [N, K]"""
         return self.dequantise().to(self.dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        raise NotImplementedError
+
     def dequantise(self) -> torch.Tensor:
         """The weight that the layer multiplies with, exactly.  # fp32 [N, K]"""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `[..., K]` to `[..., N]`; x is rounded to bf16, products are summed in fp32, the sum is rounded to bf16."""
+        """Map `[..., K]` to `[..., N]`; x and the result are rounded to bf16, sums are in fp32."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
         out = self._multiply(rows.contiguous()).to(x.dtype)
         if self.bias is not None:
@@ -81,6 +86,11 @@ class Int4Linear(QuantizedLinear):
         self._scales = nn.functional.pad(numbers, (0, 0, 0, missing)).to(torch.bfloat16).contiguous()
         self._packed = _pack(nn.functional.pad(blocks.levels, (0, 0, 0, missing)))
 
+    @property
+    def num_bytes(self) -> int:
+        """See `QuantizedLinear`."""
+        return self._packed.nbytes + self._scales.nbytes
+
     def dequantise(self) -> torch.Tensor:
         """The weight that the layer multiplies with, exactly; takes as long as K rows of input.  # fp32 [N, K]"""
         # How levels are packed depends on the CPU. Its own product with the identity gives them back, for a scale
@@ -88,9 +98,11 @@ class Int4Linear(QuantizedLinear):
         ones = torch.empty_like(self._scales)
         ones[..., 0], ones[..., 1] = 1.0, 8.0
         identity = torch.eye(self.in_features, dtype=torch.bfloat16)
-        levels = torch.cat([_int4(rows, self._packed, ones) for rows in identity.split(256)]).t()  # [N + missing, K]
+        levels = torch.cat(
+            [_int4(rows, self._packed, ones) for rows in torch.split(identity, 256)]
+        ).t()  # [N + missing, K]
         scales, zeros = self._scales.float().transpose(0, 1)[..., None].unbind(-2)  # [N + missing, G, 1] each
-        weight = (levels.float().unflatten(1, (-1, BLOCK)) - 8.0) * scales + zeros
+        weight = (levels.float().reshape(len(levels), -1, BLOCK) - 8.0) * scales + zeros
         return weight.flatten(1)[: self.out_features]
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
@@ -112,6 +124,11 @@ class Int8Linear(QuantizedLinear):
     ) -> None:
         super().__init__(int(levels.shape[1]), int(levels.shape[0]), bias, dtype)
         self._levels, self._scales = levels, scales
+
+    @property
+    def num_bytes(self) -> int:
+        """See `QuantizedLinear`."""
+        return self._levels.nbytes + self._scales.nbytes
 
     def dequantise(self) -> torch.Tensor:
         """The weight that the layer multiplies with, exactly.  # fp32 [N, K]"""
@@ -142,7 +159,7 @@ def round_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _pack(levels: torch.Tensor) -> torch.Tensor:
     """The int4 operator's own layout, made a few tiles at a time.  # uint8 [N, K] -> uint8 [N, K / 2]"""
     rows = max(1, _CHUNK // (_TILE * levels.shape[1])) * _TILE
-    parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in levels.split(rows)]
+    parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in torch.split(levels, rows)]
     return torch.cat(parts)
 
 

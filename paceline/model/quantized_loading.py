@@ -9,7 +9,6 @@ one is read only for what has no blocks (norms, biases, matrices of other types)
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
-_ROWS = 4096
+_ROWS = 2048
 """Rows of a Q8_0 matrix that are worked on at a time."""
 
 
@@ -64,14 +63,13 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
     model = _skeleton(config, dtype)
     kinds = _kinds(model, path)
     rest = _rest(folder / _WEIGHTS, kinds, dtype)
-    if _EMBEDDING in kinds:  # mapped by itself, so that what the others have read is unmapped with them
-        rows = dict(_stored(path, [_EMBEDDING]))[_EMBEDDING]
-        model.set_input_embeddings(QuantizedEmbedding(rows, kinds[_EMBEDDING], dtype))
+    if _EMBEDDING in kinds:
+        model.set_input_embeddings(QuantizedEmbedding(_stored(path, _EMBEDDING), kinds[_EMBEDDING], dtype))
     errors: dict[str, float] = {}
-    for name, rows in _stored(path, _matrices(model, kinds)):
+    for name in _matrices(model, kinds):
         place = _HEAD if name == _EMBEDDING else name.removesuffix(".weight")
         bias = rest.pop(f"{place}.bias", None)
-        model.set_submodule(place, _linear(rows, kinds[name], bias, dtype, errors, place))
+        model.set_submodule(place, _linear(_stored(path, name), kinds[name], bias, dtype, errors, place))
     _fill(model, rest, folder / _WEIGHTS)
     _report(errors)
     return model, tuple(sorted(set(kinds.values())))
@@ -97,7 +95,8 @@ def _kinds(model: Any, path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             kinds = dict(file.metadata() or {})
-            shapes = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}
+            slices = [(name, file.get_slice(name)) for name in tuple(file.keys())]
+            shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in slices}
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"cannot be read ({error}).", field=str(path)) from error
     if kinds.pop("format", None) != BLOCKS_FORMAT or kinds.keys() != shapes.keys():
@@ -118,16 +117,20 @@ def _rest(path: Path, kinds: dict[str, str], dtype: torch.dtype) -> dict[str, to
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).to(dtype, copy=True) for name in file.keys() if name not in kinds}
+        names = list(file.keys())
+        return {name: file.get_tensor(name).to(dtype, copy=True) for name in names if name not in kinds}
 
 
-def _stored(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stored rows of matrices, mapped.  # uint8 [N, B]"""
+def _stored(path: Path, name: str) -> torch.Tensor:
+    """The stored rows of a matrix: mapped, and unmapped with the tensor, for which the file is opened each time.
+
+    uint8 [N, B]
+    """
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        for name in names:
-            yield name, file.get_tensor(name)
+        rows: torch.Tensor = file.get_tensor(name)
+        return rows
 
 
 def _matrices(model: Any, kinds: dict[str, str]) -> list[str]:
@@ -141,15 +144,17 @@ def _linear(
     """The layer over stored rows; notes the error of one whose weights had to change."""
     if kind != "Q8_0":
         return Int4Linear(take_apart(rows, kind), bias, dtype)
-    parts, changed, whole = [], 0.0, 0.0
-    for stored in rows.split(_ROWS):
-        weight = dequantise(stored, kind)
-        levels, scales = round_rows(weight)
-        parts.append((levels, scales))
-        changed += float((levels.float() * scales.float()[:, None] - weight).square().sum())
+    levels = torch.empty(len(rows), columns(rows.shape[1], kind), dtype=torch.int8)
+    scales = torch.empty(len(rows), dtype=torch.bfloat16)
+    changed = whole = 0.0
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        weight = dequantise(rows[part], kind)
+        levels[part], scales[part] = round_rows(weight)
+        changed += float((levels[part].float() * scales[part, None].float() - weight).square().sum())
         whole += float(weight.square().sum())
     errors[place] = (changed / whole) ** 0.5 if whole else 0.0
-    return Int8Linear(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), bias, dtype)
+    return Int8Linear(levels, scales, bias, dtype)
 
 
 def _fill(model: Any, rest: dict[str, torch.Tensor], path: Path) -> None:
