@@ -48,7 +48,7 @@ def take_apart(rows: torch.Tensor, kind: str) -> Blocks:
         rows: the bytes as they stand in the file, uint8.  # [N, B]
         kind: `Q4_0`, `Q4_1` or `Q8_0`.
     """
-    blocks = rows.reshape(len(rows), -1, BLOCK_BYTES[kind])  # [N, G, bytes of a block]
+    blocks = rows.reshape(len(rows), rows.shape[-1] // BLOCK_BYTES[kind], BLOCK_BYTES[kind])  # [N, G, bytes of a block]
     scales = _halves(blocks[..., :2])
     if kind == "Q8_0":
         levels = blocks[..., 2:].contiguous().view(torch.int8)
@@ -61,7 +61,7 @@ def take_apart(rows: torch.Tensor, kind: str) -> Blocks:
 def dequantise(rows: torch.Tensor, kind: str) -> torch.Tensor:
     """The weights of stored rows, to the bit what the `gguf` package computes.  # uint8 [N, B] -> fp32 [N, K]"""
     blocks = take_apart(rows, kind)
-    levels = blocks.levels.reshape(len(rows), -1, BLOCK).float()
+    levels = blocks.levels.reshape(*blocks.scales.shape, BLOCK).float()
     return (levels * blocks.scales[..., None] + blocks.minimums[..., None]).flatten(1)
 
 

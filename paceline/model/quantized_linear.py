@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Module):
         in_features: K.
         out_features: N.
         bias: added to the product, if given.  # [N]
-        dtype: what `weight` and the bias are in; outputs have the type of the input.
+        dtype: of inputs and outputs, of the bias, and of `weight`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
