@@ -83,6 +83,15 @@ def real_model_bf16() -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
+def real_model_kept() -> LoadedModel:
+    """SmolLM2-135M-Instruct in its GGUF file's own precision, Q4_1 and Q8_0, or a skip."""
+    loaded = _load("auto")
+    if not loaded.kept_kinds:
+        pytest.skip("this CPU has no kernels for 4-bit and 8-bit weights")
+    return loaded
+
+
+@pytest.fixture(scope="session")
 def cuda() -> torch.device:
     """The CUDA device, or a skip."""
     if not torch.cuda.is_available():

@@ -14,6 +14,8 @@ _MULTIPLE = 16
 """The int4 operator takes output features in multiples of this; a layer with others is filled up with zeros."""
 _TILE = 64
 """Output features that the int4 operator packs together, on CPUs with AVX512; 32 on others."""
+_ALIGNMENT = 64
+"""Bytes: the int8 operator loads whole vectors of its input from aligned addresses, unchecked."""
 _CHUNK = 1 << 20
 """Weights that are worked on at a time while a layer is built: the operator wants them as int32."""
 
@@ -113,7 +115,7 @@ class Int8Linear(QuantizedLinear):
     """Levels -127..127 with one scale for a whole row of the weight.
 
     Args:
-        levels: int8; kept as it is.  # [N, K]
+        levels: int8, K a multiple of 32; kept as it is.  # [N, K]
         scales: bf16; kept as it is.  # [N]
         bias: see `QuantizedLinear`.
         dtype: see `QuantizedLinear`.
@@ -122,6 +124,7 @@ class Int8Linear(QuantizedLinear):
     def __init__(
         self, levels: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
     ) -> None:
+        assert levels.shape[1] % BLOCK == 0, "the operator's loads do not stop at the end of a row"
         super().__init__(int(levels.shape[1]), int(levels.shape[0]), bias, dtype)
         self._levels, self._scales = levels, scales
 
@@ -135,6 +138,8 @@ class Int8Linear(QuantizedLinear):
         return self._levels.float() * self._scales.float()[:, None]
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if rows.data_ptr() % _ALIGNMENT:  # a view into other rows; the operator would crash
+            rows = rows.clone()
         out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows, self._levels, self._scales)
         return out
 

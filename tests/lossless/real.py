@@ -13,6 +13,7 @@ import pytest
 from paceline import LLM
 from paceline.model.loader import LoadedModel
 from paceline.model.runner import ForwardBatch, SequenceInput
+from paceline.outputs import Generation
 
 SPEC_BENCH = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "spec_bench.jsonl"
 QUESTIONS = (
@@ -58,3 +59,30 @@ def logits_in_chunks(llm: LLM, tokens: Sequence[int], chunk: int) -> np.ndarray:
     finally:
         blocks.release(table)
     return np.concatenate(rows)
+
+
+def top_gap(rows: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """How far the first of two tokens is above the second.  # [n, vocab], [n, 2] -> [n]"""
+    picked = np.take_along_axis(rows, best, axis=1)
+    return picked[:, 0] - picked[:, 1]
+
+
+def shape_noise(llm: LLM, sequences: Sequence[Sequence[int]]) -> float:
+    """99.9th percentile of how far the gap of the two best logits moves when the same tokens run in another shape."""
+    moved = []
+    for tokens in sequences:
+        single = logits_in_chunks(llm, tokens, 1)
+        best = np.argsort(-single, axis=1)[:, :2]
+        for chunk in (2, 5, 17, 64, len(tokens)):
+            moved.append(np.abs(top_gap(single, best) - top_gap(logits_in_chunks(llm, tokens, chunk), best)))
+    return float(np.quantile(np.concatenate(moved), 0.999))
+
+
+def divergence(exact: LLM, found: Generation, expected: Generation) -> float | None:
+    """The gap of the two best logits of `exact` where two texts part; None if they do not."""
+    a, b = found.token_ids, expected.token_ids
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if at == len(a) == len(b):
+        return None
+    row = logits_in_chunks(exact, (*expected.prompt_token_ids, *b[:at]), 512)[-1]
+    return float(np.subtract(*np.sort(row)[:-3:-1]))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import save_heads, with_head
-from lossless.real import chat_prompts, logits_in_chunks, real_llm, spec_bench
+from lossless.real import chat_prompts, divergence, real_llm, shape_noise, spec_bench
 
 from paceline import LLM, SamplingParams
 from paceline.engine.sampling import Law
@@ -192,22 +192,12 @@ def test_fp32_spec_bench(fp32: Reference, dropped: Path, spec: str, batch: int) 
 @pytest.fixture(scope="module")
 def noise(bf16: Reference) -> float:
     """99.9th percentile of how far the gap of the two best logits moves when the same tokens run in another shape."""
-    llm = real_llm(bf16.loaded, **ROOM)
-    moved = []
-    for generation in bf16.expected[::3]:
-        tokens = (*generation.prompt_token_ids, *generation.token_ids)[-200:]
-        single = logits_in_chunks(llm, tokens, 1)
-        best = np.argsort(-single, axis=1)[:, :2]
-        for chunk in (2, 5, 17, 64, len(tokens)):
-            moved.append(np.abs(_gap(single, best) - _gap(logits_in_chunks(llm, tokens, chunk), best)))
-    found = float(np.quantile(np.concatenate(moved), 0.999))
-    print(f"\nbf16 batch-shape noise of the top-2 gap, 99.9th percentile of {sum(map(len, moved))}: {found:.4f}")
+    found = shape_noise(
+        real_llm(bf16.loaded, **ROOM),
+        [(*g.prompt_token_ids, *g.token_ids)[-200:] for g in bf16.expected[::3]],
+    )
+    print(f"\nbf16 batch-shape noise of the top-2 gap, 99.9th percentile: {found:.4f}")
     return found
-
-
-def _gap(rows: np.ndarray, best: np.ndarray) -> np.ndarray:
-    picked = np.take_along_axis(rows, best, axis=1)
-    return picked[:, 0] - picked[:, 1]
 
 
 @pytest.mark.parametrize(("spec", "batch"), [pytest.param("none", 1, marks=SLOW), *CASES])
@@ -217,7 +207,7 @@ def test_bf16_divergences_are_near_ties(
     """Every first divergence from `none` is at a position whose fp32 gap of the two best lies within the noise."""
     exact = real_llm(real_model, **ROOM)
     found = bf16.run(spec.replace("DROPPED", f'"{dropped}"'), batch)
-    gaps = [_divergence(exact, a, b) for a, b in zip(found, bf16.expected, strict=True)]
+    gaps = [divergence(exact, a, b) for a, b in zip(found, bf16.expected, strict=True)]
     apart = sorted(gap for gap in gaps if gap is not None)
     print(f"\nbf16 {spec}, batch {batch}: {len(apart)} of {len(gaps)} diverge, fp32 gaps {np.round(apart, 4).tolist()}")
     assert all(gap <= noise for gap in apart), f"fp32 gaps {apart} above the noise of {noise:.4f}"
@@ -229,15 +219,5 @@ def test_wrong_tokens_are_not_near_ties(real_model: LoadedModel, bf16: Reference
     """An error that is no rounding is not explained away: most positions have a gap above the noise."""
     exact = real_llm(real_model, **ROOM)
     wrong = [replace(g, outputs=(replace(g.outputs[0], token_ids=(*g.token_ids[:9], 0)),)) for g in bf16.expected]
-    gaps = [_divergence(exact, a, b) for a, b in zip(wrong, bf16.expected, strict=True)]
+    gaps = [divergence(exact, a, b) for a, b in zip(wrong, bf16.expected, strict=True)]
     assert sum(gap is not None and gap > noise for gap in gaps) > len(gaps) // 2
-
-
-def _divergence(exact: LLM, found: Generation, expected: Generation) -> float | None:
-    """The fp32 gap of the two best logits where two texts part; None if they do not."""
-    a, b = found.token_ids, expected.token_ids
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    if at == len(a) == len(b):
-        return None
-    row = logits_in_chunks(exact, (*expected.prompt_token_ids, *b[:at]), 512)[-1]
-    return float(np.subtract(*np.sort(row)[:-3:-1]))

@@ -53,7 +53,8 @@ def make_model(arch: str, *, tied: bool = False) -> Any:
 def write_gguf(path: Path, arch: str, model: Any, kind: Kind = Kind.F32, **extra: Any) -> dict[str, torch.Tensor]:
     """Write `model` as llama.cpp's converter would; matrices are stored as `kind`.
 
-    `extra` overrides metadata: `pre`, `arch_name`, `skip` (a tensor to leave out), `more` (writer -> None).
+    `extra` overrides metadata: `pre`, `arch_name`, `skip` (a tensor to leave out), `more` (writer -> None); and
+    `raw`, tensors that are stored as given: {GGUF name: (bytes by row, kind)}.
 
     Returns:
         The weights as they are after quantisation, under their `transformers` names.
@@ -130,7 +131,10 @@ def _write_tensor(
     heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2], 0) if arch == "llama" else 0
     if heads:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
         weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-    raw = gguf.quants.quantize(np.ascontiguousarray(weight), kind)
+    if gguf_name(name) in extra.get("raw", {}):
+        raw, kind = extra["raw"][gguf_name(name)]
+    else:
+        raw = gguf.quants.quantize(np.ascontiguousarray(weight), kind)
     back = gguf.quants.dequantize(raw, kind).reshape(weight.shape)
     if gguf_name(name) != extra.get("skip"):
         writer.add_tensor(gguf_name(name), raw, raw_dtype=kind)

@@ -144,6 +144,16 @@ def test_shapes_and_strides() -> None:
             assert torch.allclose(got, x.bfloat16().float() @ weight.t(), rtol=2**-7, atol=2**-6)
 
 
+def test_rows_at_an_odd_address() -> None:
+    """PyTorch's int8 operator loads its input as if it were aligned."""
+    for kind in ("Q4_1", "int8"):
+        layer = make((64, 16), kind, dtype=torch.bfloat16)
+        buffer = torch.randn(4 * 64 + 3).bfloat16()
+        for offset in (1, 2, 3):
+            x = buffer[offset : offset + 256].view(4, 64)
+            assert torch.equal(layer(x), layer(x.clone()))
+
+
 def test_weights_are_no_parameters() -> None:
     for layer in (make((32, 16), kind, torch.ones(16)) for kind in ("Q4_0", "int8")):
         assert list(layer.state_dict()) == ["bias"]

@@ -1,0 +1,232 @@
+"""GGUF files that keep their precision: loaded end to end, compared with a plain model of the same weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_files as tiny
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Kind
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from paceline import LLM, SamplingParams
+from paceline.errors import CorruptFileError
+from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
+from paceline.model.loader import LoadedModel, load_model
+from paceline.model.packed_linear import PackedLinear
+from paceline.model.quantized_embedding import QuantizedEmbedding
+from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available
+
+pytestmark = pytest.mark.skipif(not kernels_available(), reason="this CPU has no kernels for 4-bit and 8-bit weights")
+IDS = torch.tensor([[3, 40, 7, 99, 2, 15, 60, 60]])
+KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PACELINE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def made(tmp_path: Path, kind: Kind, arch: str = "llama", tied: bool = False, **extra: Any) -> tuple[Path, Any]:
+    """A GGUF file, and the fp32 model of its dequantised weights."""
+    path, model = tmp_path / "m.gguf", tiny.make_model(arch, tied=tied)
+    model.load_state_dict(tiny.write_gguf(path, arch, model, kind, **extra), strict=False)
+    return path, model
+
+
+def plain(loaded: LoadedModel, reference: Any) -> Any:
+    """The reference with the weights that the loaded model really multiplies with."""
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = torch.nn.Parameter(module.dequantise(), requires_grad=False)
+            reference.get_submodule(name).weight = weight  # a tied head is parted from its embedding here
+    return reference
+
+
+@torch.inference_mode()
+def engine_logits(loaded: LoadedModel) -> torch.Tensor:
+    loaded.model.set_attn_implementation("sdpa")  # the plain model's, which needs no cache
+    return loaded.model(IDS).logits.float()
+
+
+@pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
+@pytest.mark.parametrize("kind", KEPT)
+def test_auto_keeps_the_files_precision(tmp_path: Path, kind: Kind, arch: str, tied: bool) -> None:
+    path, reference = made(tmp_path, kind, arch, tied)
+    loaded = load_model(str(path), device="cpu")
+    assert loaded.kept_kinds == (kind.name,)
+    assert loaded.precision == f"{kind.name} in {str(loaded.dtype)[6:]}"
+    layers = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Linear | QuantizedLinear)]
+    assert {type(layer) for layer in layers} == {Int8Linear if kind is Kind.Q8_0 else Int4Linear}
+    assert len(layers) == 2 * 7 + 1
+    embedding = loaded.model.get_input_embeddings()
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert torch.equal(embedding(IDS), reference.model.embed_tokens(IDS).to(loaded.dtype))
+    with torch.inference_mode():
+        expected = plain(loaded, reference)(IDS).logits
+    error = (engine_logits(loaded) - expected).norm() / expected.norm()
+    assert error < 0.02  # activations are rounded to bf16 before every product
+
+
+@pytest.mark.parametrize("kind", [*KEPT, Kind.F16, Kind.F32])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_named_dtype_dequantises(tmp_path: Path, kind: Kind, dtype: str) -> None:
+    path, reference = made(tmp_path, kind)
+    loaded = load_model(str(path), dtype=dtype, device="cpu")
+    assert loaded.precision == dtype
+    assert all(type(m) is torch.nn.Linear for m in loaded.model.modules() if hasattr(m, "in_features"))
+    for name, weight in reference.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], weight.to(loaded.dtype)), name
+
+
+def test_training_dequantises(tmp_path: Path) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    assert load_model(str(path), device="cpu", keep_quantised=False).kept_kinds == ()
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.F32, Kind.Q5_0])
+def test_other_files_have_nothing_to_keep(tmp_path: Path, kind: Kind) -> None:
+    path, _ = made(tmp_path, kind)
+    loaded = load_model(str(path), device="cpu")
+    assert loaded.kept_kinds == ()
+    assert not (loaded.path / BLOCKS_FILE).exists()
+
+
+def test_matrices_of_other_types_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture: Q6_K in the middle of Q4_0, as llama.cpp writes it, an embedding in F16 that the head shares."""
+    monkeypatch.setattr(tiny, "INNER", 256)  # a block of Q6_K
+    raw = np.random.default_rng(0).integers(0, 256, (tiny.HIDDEN, 210), dtype=np.uint8)
+    raw[:, -2:] = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)  # the scale of the block
+    table = tiny.make_model("llama", tied=True).model.embed_tokens.weight.half().numpy()
+    mixture = {"blk.1.ffn_down.weight": (raw, Kind.Q6_K), "token_embd.weight": (table, Kind.F16)}
+    path, reference = made(tmp_path, Kind.Q4_0, tied=True, raw=mixture)
+    loaded = load_model(str(path), device="cpu")
+    assert loaded.kept_kinds == ("Q4_0",)
+    down = loaded.model.model.layers[1].mlp.down_proj
+    assert torch.equal(down.weight, reference.model.layers[1].mlp.down_proj.weight.to(loaded.dtype))
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    with torch.inference_mode():
+        expected = plain(loaded, reference)(IDS).logits
+    assert (engine_logits(loaded) - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_engine_runs_it_with_every_kind_of_draft(tmp_path: Path, tied: bool) -> None:
+    path, _ = made(tmp_path, Kind.Q8_0, tied=tied)
+    loaded = load_model(str(path), device="cpu")
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    options: dict[str, Any] = {"kv_cache_memory": 4 << 20, "enable_prefix_caching": False}
+    expected = LLM(loaded, speculation="none", **options).generate([[5, 6, 7, 5, 6]], params)[0].token_ids
+    for spec in ("ngram:k=3", f'draft:k=3,model="{path}"', f'draft:k=3,model="{path}",vocab="{_ranking(tmp_path)}"'):
+        llm = LLM(loaded, speculation=spec, **options)
+        assert llm.generate([[5, 6, 7, 5, 6]], params)[0].token_ids == expected
+    assert not any(isinstance(m, PackedLinear) for m in loaded.model.modules())
+
+
+def _ranking(tmp_path: Path) -> Path:
+    path = tmp_path / "ranking.json"
+    path.write_text(json.dumps({"token_ids": list(range(3, 60))}))
+    return path
+
+
+def test_the_log_says_how_far_q8_0_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = made(tmp_path, Kind.Q8_0)
+    with caplog.at_level(logging.INFO, logger="paceline"):
+        load_model(str(path), device="cpu")
+    line = next(r.getMessage() for r in caplog.records if "Q8_0" in r.getMessage())
+    assert "15 matrices" in line
+    assert 0.1 < float(line.split("at most ")[1].split("%")[0]) < 2.0
+
+
+def test_a_cpu_without_the_kernels_dequantises_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    loaded = load_model(str(path), device="cpu")
+    assert loaded.kept_kinds == ()
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "dequantised" in caplog.text
+
+
+def _without_metadata(_: dict[str, torch.Tensor], kinds: dict[str, str]) -> None:
+    kinds.clear()
+
+
+def _unknown_kind(_: dict[str, torch.Tensor], kinds: dict[str, str]) -> None:
+    kinds["lm_head.weight"] = "Q5_K"
+
+
+def _foreign_name(tensors: dict[str, torch.Tensor], kinds: dict[str, str]) -> None:
+    tensors["lm_head.weights"], kinds["lm_head.weights"] = tensors.pop("lm_head.weight"), kinds.pop("lm_head.weight")
+
+
+def _a_norm(tensors: dict[str, torch.Tensor], kinds: dict[str, str]) -> None:
+    tensors["model.norm.weight"], kinds["model.norm.weight"] = (
+        tensors.pop("lm_head.weight"),
+        kinds.pop("lm_head.weight"),
+    )
+
+
+def _a_row_less(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].clone()
+
+
+def _half_blocks(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:, 1:].clone()
+
+
+def _another_type(tensors: dict[str, torch.Tensor], _: dict[str, str]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_without_metadata, _unknown_kind, _foreign_name, _a_norm, _a_row_less, _half_blocks, _another_type],
+)
+def test_blocks_that_do_not_fit_are_refused(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor], dict[str, str]], None]
+) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    folder = tmp_path / "copy"
+    shutil.copytree(load_model(str(path), device="cpu").path, folder)
+    with safe_open(folder / BLOCKS_FILE, framework="pt") as file:
+        kinds = dict(file.metadata())
+        tensors = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
+    assert kinds.pop("format") == BLOCKS_FORMAT
+    damage(tensors, kinds)
+    save_file(tensors, folder / BLOCKS_FILE, {"format": BLOCKS_FORMAT, **kinds})
+    with pytest.raises(CorruptFileError, match=BLOCKS_FILE):
+        load_model(str(folder), device="cpu")
+
+
+def test_a_weight_that_is_nowhere_is_missed(tmp_path: Path) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    folder = tmp_path / "copy"
+    shutil.copytree(load_model(str(path), device="cpu").path, folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in tuple(file.keys()) if name != "model.norm.weight"}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CorruptFileError, match=r"model\.norm\.weight"):
+        load_model(str(folder), device="cpu")
+
+
+def test_the_stored_blocks_are_the_files_bytes(tmp_path: Path) -> None:
+    """Rows of queries and keys in the model's order, all others as they are."""
+    path, reference = made(tmp_path, Kind.Q4_0)
+    folder = load_model(str(path), device="cpu").path
+    with safe_open(folder / BLOCKS_FILE, framework="np") as file:
+        assert set(file.metadata().values()) == {BLOCKS_FORMAT, "Q4_0"}
+        for name in tuple(file.keys()):
+            weight = gguf.quants.dequantize(file.get_tensor(name), Kind.Q4_0)
+            assert np.array_equal(weight, reference.state_dict()[name].numpy()), name
