@@ -1,9 +1,14 @@
 """Build a `transformers` model whose matrices stay in the blocks of the GGUF file that they came from.
 
 4-bit matrices run as they are (`Int4Linear`). Q8_0 has a scale for every 32 weights, which the int8 operator lacks,
-so its matrices get the nearest weights with one scale a row (`Int8Linear`), and the log says how far off those are;
-an embedding in Q8_0 stays exact. Peak memory is the model plus one matrix: both files are mapped, and the dequantised
-one is read only for what has no blocks (norms, biases, matrices of other types).
+so its matrices get the nearest weights with one scale a row (`Int8Linear`), and the log says how far off those are. The
+int4 operator could hold Q8_0 as it is (16 times a level -8..7 plus a level 0..15, inputs given twice), but takes 1.7
+times as long (12.8 ms against 7.5 for one row of SmolLM2's head, 34.7 against 24.3 for 8 rows), to save a mean KL
+divergence from the fp32 model of 0.0016, about as much as activations in bf16 cost anyway (300 positions). An embedding
+in Q8_0 stays exact, which matters more: requantised, it would double the rms error of the logits.
+
+Peak memory is the model plus one matrix: both files are mapped, and the dequantised one is read only for what has no
+blocks (norms, biases, matrices of other types).
 """
 
 from __future__ import annotations
