@@ -1,9 +1,9 @@
 """Linear layers over 4-bit and 8-bit weights, through the weight-only operators that PyTorch has for CPUs.
 
-They read a weight of 4 or 8 bits instead of 16 or 32 and compute in fp32 with bf16 inputs and outputs. (With fp32
-or fp16 inputs the operators are plain loops, 6 to 20 times slower, so other inputs are rounded to bf16 first.) One call,
-one core of an AMD EPYC with AVX2 and without bf16 instructions, torch 2.13, median of 25 (of 9 for the head) in turns on
-a machine with other work, in microseconds; compare within a column:
+They read a weight of 4 or 8 bits instead of 16 or 32 and compute in fp32 with bf16 inputs and outputs. (With fp32 or
+fp16 inputs the operators are plain loops, 6 to 40 times slower, so other inputs are rounded to bf16 first.) One call,
+one core of an AMD EPYC with AVX2 and without bf16 instructions, torch 2.13, median of 25 (of 9 for the head) in turns
+on a machine with other work, in microseconds; compare within a column:
 
     inputs x outputs       576 x 576           576 x 1536          1536 x 576         576 x 49152
     rows               1    4   16   64     1    4   16   64     1    4   16   64     1     4    16     64
