@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from paceline.errors import CorruptFileError, UnsupportedModelError
+from paceline.model.gguf_reader import scalar
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _AS_SAFETENSORS = ("gemma2", "gemma3", "gpt2", "granite", "olmo2", "phi3", "qwen2moe", "qwen3moe")
@@ -78,7 +79,7 @@ class _Metadata:
     def __init__(self, metadata: dict[str, Any], file: Path) -> None:
         self._metadata = metadata
         self._file = file
-        kind = metadata.get("general.type", "model")
+        kind = scalar(metadata, "general.type", "model", file)
         if kind != "model":
             raise self.unsupported(f"it is of type {kind!r}, not a whole model")
         arch = metadata.get("general.architecture")
@@ -88,15 +89,15 @@ class _Metadata:
             why = f"its architecture is {arch!r}, and GGUF files are read for {', '.join(ARCHITECTURES)} only"
             raise self.unsupported(why, fix=_FIX if arch in _AS_SAFETENSORS else None)
         self.arch: str = arch
-        if metadata.get("split.count", 1) not in (0, 1):
+        if scalar(metadata, "split.count", 1, file) not in (0, 1):
             raise self.unsupported("it is one part of a split file; merge the parts first")
-        if metadata.get(f"{arch}.expert_count", 0) != 0:
+        if self.get("expert_count", 0) != 0:
             raise self.unsupported("it is a mixture of experts")
-        if metadata.get(f"{arch}.attention.sliding_window", 0) != 0:
+        if self.get("attention.sliding_window", 0) != 0:
             raise self.unsupported("it uses sliding-window attention, which is not read from GGUF files")
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._metadata.get(f"{self.arch}.{key}", default)
+        return scalar(self._metadata, f"{self.arch}.{key}", default, self._file)
 
     def count(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
@@ -135,7 +136,7 @@ def _rope(read: _Metadata, head_dim: int, context: int, freqs: npt.NDArray[np.fl
     if scaling == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     if scaling == "yarn":
-        original = read.count("rope.scaling.original_context_length", max(1, int(context / factor)))
+        original = read.count("rope.scaling.original_context_length", max(1, int(min(context / factor, _MAX_INT))))
         return {
             "rope_type": "yarn",
             "rope_theta": theta,

@@ -193,6 +193,18 @@ class GgufFile:
         return tensors
 
 
+def scalar(metadata: dict[str, Any], key: str, default: Any, path: Path) -> Any:
+    """The value of a metadata key that must not be an array, which would compare and hash like nothing else.
+
+    Raises:
+        CorruptFileError: it is one.
+    """
+    value = metadata.get(key, default)
+    if isinstance(value, list | np.ndarray):
+        raise CorruptFileError(f"is not a valid GGUF file: {key!r} is an array.", field=str(path))
+    return value
+
+
 class _Cursor:
     """A position in the file; every read is checked against its end."""
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from paceline.errors import CorruptFileError, UnsupportedModelError
+from paceline.model.gguf_reader import scalar
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
@@ -88,14 +89,14 @@ class _Vocabulary:
     def __init__(self, metadata: dict[str, Any], file: Path) -> None:
         self._metadata = metadata
         self._file = file
-        kind = metadata.get("tokenizer.ggml.model")
+        kind = scalar(metadata, "tokenizer.ggml.model", None, file)
         if kind != "gpt2":
             raise UnsupportedModelError(
                 f"has a tokenizer of type {kind!r}; only byte-level BPE ('gpt2') is rebuilt from GGUF files.",
                 field=str(file),
                 fix="Use the model's safetensors checkpoint, which has its tokenizer.json.",
             )
-        name = metadata.get("tokenizer.ggml.pre")
+        name = scalar(metadata, "tokenizer.ggml.pre", None, file)
         if name not in _PRE:
             raise UnsupportedModelError(
                 f"has the pre-tokenizer {name!r}; supported are {', '.join(_PRE)}.", field=str(file)
@@ -151,8 +152,8 @@ class _Vocabulary:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
 
     def _around(self) -> Any:
-        bos = self.special("bos") if self._metadata.get("tokenizer.ggml.add_bos_token", self._pre.add_bos) else None
-        eos = self.special("eos") if self._metadata.get("tokenizer.ggml.add_eos_token", False) else None
+        bos = self.special("bos") if self._adds("bos", self._pre.add_bos) else None
+        eos = self.special("eos") if self._adds("eos", False) else None
         if bos is None and eos is None:
             return None
         # The template names special tokens by place, since a token's own text may hold template characters.
@@ -166,6 +167,10 @@ class _Vocabulary:
         return processors.TemplateProcessing(
             single=" ".join(pieces), pair=" ".join(pieces + second), special_tokens=table
         )
+
+    def _adds(self, key: str, default: bool) -> bool:
+        """Whether the tokenizer puts this token around a text."""
+        return bool(scalar(self._metadata, f"tokenizer.ggml.add_{key}_token", default, self._file))
 
     def _merges(self, vocab: dict[str, int]) -> list[tuple[str, str]]:
         merges = []

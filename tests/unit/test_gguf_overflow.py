@@ -12,37 +12,12 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from gguf_bytes import F32, Q8_0, entry, file_of, string, tensor
 
 from paceline.errors import CorruptFileError, PacelineError, UnsupportedModelError
 from paceline.model.gguf_reader import GgufFile
 
-F32, Q8_0 = 0, 8
 TOP = (1 << 31, (1 << 32) - 1, 1 << 32, 1 << 42, (1 << 62) + 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 32, (1 << 64) - 1)
-
-
-def string(text: bytes, length: int | None = None) -> bytes:
-    """A GGUF string that may claim another length."""
-    return struct.pack("<Q", len(text) if length is None else length) + text
-
-
-def entry(key: bytes, kind: int, value: bytes) -> bytes:
-    """One metadata entry."""
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def tensor(name: bytes, dims: tuple[int, ...], kind: int = F32, offset: int = 0, count: int | None = None) -> bytes:
-    """One tensor description; `count` is the number of dimensions that it claims."""
-    head = string(name) + struct.pack("<I", len(dims) if count is None else count)
-    return head + b"".join(struct.pack("<Q", dim) for dim in dims) + struct.pack("<IQ", kind, offset)
-
-
-def file_of(
-    pairs: list[bytes], tensors: list[bytes], data: bytes = bytes(256), counts: tuple[int, int] | None = None
-) -> bytes:
-    """A whole file, aligned to 32 bytes."""
-    tensor_count, pair_count = counts or (len(tensors), len(pairs))
-    head = b"GGUF" + struct.pack("<IQQ", 3, tensor_count, pair_count) + b"".join(pairs) + b"".join(tensors)
-    return head + bytes(-len(head) % 32) + data
 
 
 def refused(tmp_path: Path, content: bytes) -> PacelineError:
