@@ -26,7 +26,8 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    """`auto` (bf16 where the hardware has it, else fp32), `float32` or `bfloat16`."""
+    """`auto` (bf16 where the hardware has it, else fp32; on a CPU, weights of a GGUF file in Q4_0, Q4_1 or Q8_0 stay in
+    8 and 4 bits), `float32` or `bfloat16`, which dequantise."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
     max_model_len: int | None = None

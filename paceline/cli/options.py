@@ -124,7 +124,8 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default=dtype or default.dtype,
-        help="number format; auto is bfloat16 where the hardware has it (default: %(default)s)",
+        help="number format; auto is bfloat16 where the hardware has it, and on a CPU keeps a GGUF file's 4 and 8 bits "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--device",
