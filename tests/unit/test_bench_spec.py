@@ -25,7 +25,7 @@ QUESTIONS = tuple(spec.Question(i, "qa" if i < 3 else "rag", (f"q{i}", "and then
 class FakeEngine:
     """Answers with eight tokens that depend on the question alone, `factor` times as fast as the baseline."""
 
-    loaded = SimpleNamespace(dtype="torch.float32", device=SimpleNamespace(type="cpu"))
+    loaded = SimpleNamespace(precision="float32", device=SimpleNamespace(type="cpu"))
 
     def __init__(self, log: list[Any], name: str, factor: float = 1.0, accepted: int = 0) -> None:
         self.log, self.name, self.factor, self.accepted = log, name, factor, accepted

@@ -216,6 +216,7 @@ def test_the_key_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(replace(renamed, name="other", path=Path("other"))) == first, "weights and names do not count"
     assert key(make_loaded(num_hidden_layers=2)) != first
     assert key(replace(loaded(), dtype=torch.bfloat16)) != first
+    assert key(replace(loaded(), kept_kinds=("Q4_1",))) != first
     assert key(loaded(), 64) != first, "a short model measures fewer sizes"
     assert key(loaded(), 5000).longest == min(128 + SIZES[-1], blocks.num_blocks * blocks.block_size)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)

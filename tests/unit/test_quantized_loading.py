@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from paceline import LLM, SamplingParams
+from paceline.bench import roofline
 from paceline.errors import CorruptFileError
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
@@ -137,6 +138,16 @@ def _ranking(tmp_path: Path) -> Path:
     path = tmp_path / "ranking.json"
     path.write_text(json.dumps({"token_ids": list(range(3, 60))}))
     return path
+
+
+def test_the_roofline_counts_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    for name in ("measure_bandwidth", "measure_flops"):
+        monkeypatch.setattr(roofline, name, lambda *_: 1e9)
+    kept, plain_one = (load_model(str(path), dtype=dtype, device="cpu") for dtype in ("auto", "float32"))
+    found, expected = roofline.measure_roofline(kept), roofline.measure_roofline(plain_one)
+    assert found.weights == expected.weights
+    assert 4.5 / 8 < found.bytes_per_weight < 0.75 < expected.bytes_per_weight == 4  # 4 bits and scales; norms
 
 
 def test_the_log_says_how_far_q8_0_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
