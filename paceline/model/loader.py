@@ -87,11 +87,10 @@ def load_model(
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
-        kept_kinds: tuple[str, ...] = ()
         if keep_quantised and dtype == "auto" and torch_device.type == "cpu" and can_keep(path):
-            model, kept_kinds = load_quantized(path, config, torch_dtype)
+            model, kept_kinds = _keep_weights(path, config, torch_dtype)
         else:
-            model = _read_weights(path, config, torch_dtype, trust_remote_code)
+            model, kept_kinds = _read_weights(path, config, torch_dtype, trust_remote_code), ()
     text_config = model.config.get_text_config()
     return LoadedModel(
         name=source,
@@ -163,6 +162,15 @@ def _read_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizer library raises plain `Exception` for a damaged file
         raise _unreadable(path / "tokenizer.json", error) from error
+
+
+def _keep_weights(path: Path, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+    try:
+        return load_quantized(path, config, dtype)
+    except PacelineError:
+        raise
+    except Exception as error:  # a config that no model can be built from, a weights file that is none
+        raise _unreadable(path, error) from error
 
 
 def _read_weights(path: Path, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -171,7 +171,7 @@ def kernels_available() -> bool:
     """Whether this PyTorch and this CPU have fast kernels for both layers; elsewhere the operators are plain loops."""
     names = ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu", "_weight_int8pack_mm")
     return all(hasattr(torch.ops.aten, name) for name in names) and (
-        torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+        torch.backends.cpu.get_cpu_capability().startswith("AVX")
     )
 
 

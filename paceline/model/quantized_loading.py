@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from paceline.errors import CorruptFileError
+from paceline.errors import CorruptFileError, UnsupportedModelError
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT, KEPT_KINDS
-from paceline.model.gguf_blocks import BLOCK_BYTES, columns, dequantise, take_apart
+from paceline.model.gguf_blocks import BLOCK, BLOCK_BYTES, columns, dequantise, take_apart
 from paceline.model.quantized_embedding import QuantizedEmbedding
 from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available, round_rows
 
@@ -63,6 +63,7 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
 
     Raises:
         CorruptFileError: the blocks cannot be read, or do not fit the rest of the checkpoint.
+        UnsupportedModelError: the checkpoint has weights that the model does not use.
     """
     path = folder / BLOCKS_FILE
     model = _skeleton(config, dtype)
@@ -73,7 +74,7 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
     errors: dict[str, float] = {}
     for name in _matrices(model, kinds):
         place = _HEAD if name == _EMBEDDING else name.removesuffix(".weight")
-        bias = rest.pop(f"{place}.bias", None)
+        bias = _bias(model.get_submodule(place), f"{place}.bias", rest, folder / _WEIGHTS)
         model.set_submodule(place, _linear(_stored(path, name), kinds[name], bias, dtype, errors, place))
     _fill(model, rest, folder / _WEIGHTS)
     _report(errors)
@@ -112,7 +113,7 @@ def _kinds(model: Any, path: Path) -> dict[str, str]:
         if kind not in KEPT_KINDS or parameter is None or parameter.dim() != 2:
             raise CorruptFileError(f"has the tensor {name!r} of kind {kind!r}.", field=str(path))
         rows, width = parameter.shape
-        if shapes[name] != ("U8", [rows, width // columns(BLOCK_BYTES[kind], kind) * BLOCK_BYTES[kind]]):
+        if width % BLOCK or shapes[name] != ("U8", [rows, width // BLOCK * BLOCK_BYTES[kind]]):
             raise CorruptFileError(f"tensor {name!r} does not fit the model.", field=str(path))
     return kinds
 
@@ -143,6 +144,16 @@ def _matrices(model: Any, kinds: dict[str, str]) -> list[str]:
     return [name for name in kinds if name != _EMBEDDING or model.config.tie_word_embeddings]
 
 
+def _bias(linear: Any, name: str, rest: dict[str, torch.Tensor], path: Path) -> torch.Tensor | None:
+    """The bias of a layer that has one, taken out of `rest`."""
+    if linear.bias is None:
+        return None
+    bias = rest.pop(name, None)
+    if bias is None or bias.shape != linear.bias.shape:
+        raise CorruptFileError(f"lacks the tensor {name!r}, or has another shape of it.", field=str(path))
+    return bias
+
+
 def _linear(
     rows: torch.Tensor, kind: str, bias: torch.Tensor | None, dtype: torch.dtype, errors: dict[str, float], place: str
 ) -> QuantizedLinear:
@@ -163,8 +174,13 @@ def _linear(
 
 
 def _fill(model: Any, rest: dict[str, torch.Tensor], path: Path) -> None:
-    """Put the other weights in their places; every place must be filled then."""
-    model.load_state_dict(rest, strict=False, assign=True)
+    """Put the other weights in their places: each must have one, and every place must be filled then."""
+    try:
+        stray = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
+    except RuntimeError as error:
+        raise CorruptFileError("has a weight of another shape than the model's.", field=str(path)) from error
+    if stray:
+        raise UnsupportedModelError(f"has weights that its layers do not use: {stray[0]}.", field=str(path))
     if _EMBEDDING in rest:  # a kept one has given the head its own layer
         model.tie_weights()
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]

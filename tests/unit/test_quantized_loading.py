@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from paceline import LLM, SamplingParams
 from paceline.bench import roofline
-from paceline.errors import CorruptFileError
+from paceline.errors import CorruptFileError, PacelineError, UnsupportedModelError
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import PackedLinear
@@ -229,6 +229,41 @@ def test_a_weight_that_is_nowhere_is_missed(tmp_path: Path) -> None:
         tensors = {name: file.get_tensor(name).clone() for name in tuple(file.keys()) if name != "model.norm.weight"}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptFileError, match=r"model\.norm\.weight"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "error"),
+    [
+        ("model.norm.weight", 7, CorruptFileError),
+        ("model.layers.0.mlp.up_proj.bias2", 7, UnsupportedModelError),
+        ("model.layers.0.self_attn.q_proj.bias", tiny.HIDDEN + 1, UnsupportedModelError),
+    ],
+)
+def test_other_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, shape: int, error: type[PacelineError]
+) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1)
+    folder = tmp_path / "copy"
+    shutil.copytree(load_model(str(path), device="cpu").path, folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in tuple(file.keys())}
+    save_file({**tensors, name: torch.ones(shape)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=r"model\.safetensors"):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("shape", [None, 7])
+def test_a_bias_is_neither_dropped_nor_stretched(tmp_path: Path, shape: int | None) -> None:
+    path, _ = made(tmp_path, Kind.Q4_1, "qwen2")
+    folder, name = tmp_path / "copy", "model.layers.1.self_attn.v_proj.bias"
+    shutil.copytree(load_model(str(path), device="cpu").path, folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key).clone() for key in tuple(file.keys()) if key != name}
+    if shape is not None:
+        tensors[name] = torch.ones(shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CorruptFileError, match=name):
         load_model(str(folder), device="cpu")
 
 
