@@ -66,7 +66,7 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
         UnsupportedModelError: the checkpoint has weights that the model does not use.
     """
     path = folder / BLOCKS_FILE
-    model = _skeleton(config, dtype)
+    model = _skeleton(folder, config, dtype)
     kinds = _kinds(model, path)
     rest = _rest(folder / _WEIGHTS, kinds, dtype)
     if _EMBEDDING in kinds:
@@ -81,7 +81,7 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
     return model, tuple(sorted(set(kinds.values())))
 
 
-def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+def _skeleton(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     """The model without weights; of the architectures that GGUF files have, RoPE alone computes something itself."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -90,7 +90,8 @@ def _skeleton(config: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="paceline")
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    model.generation_config = GenerationConfig.from_model_config(config)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
 
 

@@ -85,6 +85,8 @@ def test_a_named_dtype_dequantises(tmp_path: Path, kind: Kind, dtype: str) -> No
     path, reference = made(tmp_path, kind)
     loaded = load_model(str(path), dtype=dtype, device="cpu")
     assert loaded.precision == dtype
+    kept = load_model(str(path), device="cpu")
+    assert (kept.eos_token_ids, kept.max_model_len) == (loaded.eos_token_ids, loaded.max_model_len)
     assert all(type(m) is torch.nn.Linear for m in loaded.model.modules() if hasattr(m, "in_features"))
     for name, weight in reference.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], weight.to(loaded.dtype)), name
