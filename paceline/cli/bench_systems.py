@@ -152,14 +152,17 @@ def table_of(rows: Sequence[Row]) -> Table:
     for i, row in enumerate(rows):
         first = i == 0 or rows[i - 1].system != row.system
         last = i + 1 == len(rows) or rows[i + 1].system != row.system
-        words = {True: "yes", False: "NO", None: "not yet"}
+        words = {True: "yes", False: "NO", None: "not yet" if row.figure is None else "undecided"}
         cells = (row.system if first else "", row.test, shown(row.figure), row.threshold, words[row.passed], "")
-        note = "" if row.passed is None else row.note
+        note = "" if _absent(row) else row.note
         style = "red" if row.passed is False else "dim" if row.passed is None else ""
-        table.add_row(
-            *(Text(cell, style=style) for cell in (*cells[:-1], note)), end_section=last and row.passed is not None
-        )
+        table.add_row(*(Text(cell, style=style) for cell in (*cells[:-1], note)), end_section=last and not _absent(row))
     return table
+
+
+def _absent(row: Row) -> bool:
+    """Whether the row stands for a system that is not in."""
+    return row.passed is None and row.figure is None
 
 
 def _table(*names: str) -> Table:
@@ -184,11 +187,12 @@ def shown(figure: float | str | None) -> str:
 
 
 def _note(rows: Sequence[Row], *, complete: bool) -> str:
-    measured = {row.system for row in rows if row.passed is not None}
-    failed = sum(row.passed is False for row in rows)
-    tests = sum(row.passed is not None for row in rows)
+    tests = [row for row in rows if not _absent(row)]
+    held, undecided = sum(row.passed is True for row in tests), sum(row.passed is None for row in tests)
+    measured = {row.system for row in tests}
     missing = len({row.system for row in rows} - measured)
-    lines = [f"{tests - failed} of {tests} tests of {len(measured)} systems hold; {missing} systems are not in yet."]
+    about = f" ({undecided} undecided: too few measurements)" if undecided else ""
+    lines = [f"{held} of {len(tests)} tests of {len(measured)} systems hold{about}; {missing} systems are not in yet."]
     if not complete:
         lines.append("Stopped early: later systems were not run.")
     return "\n".join(lines)
