@@ -96,7 +96,7 @@ def _lengths(context: Context) -> Iterator[Row]:
     """Accepted length at 30 nodes, T=1: RSD-S, RSD-C, independent siblings."""
     beams, constant = Trial(BEAMS, "recursive", NODES, DEPTH), Trial(CONSTANT, "recursive", NODES, DEPTH)
     independent = Trial(CONSTANT, "multi", NODES, DEPTH)
-    found = try_trees(context, (beams, constant, independent), context.few(96, 8), 1.0)
+    found = try_trees(context, (beams, constant, independent), context.few(400, 8), 1.0)
     yield no_shorter("RSD-S minus RSD-C, tokens a round", found[beams], found[constant])
     yield no_shorter("RSD-C minus independent siblings", found[constant], found[independent])
     yield no_shorter("RSD-S minus independent siblings", found[beams], found[independent])
