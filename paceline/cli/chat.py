@@ -151,7 +151,7 @@ def print_chunk(console: Console, chunk: StreamChunk) -> None:
 
     text = Text()
     for piece, drafter in zip(chunk.pieces, chunk.drafters, strict=True):
-        text.append(piece, style=options.DRAFTER_STYLES.get(drafter or "", ""))
+        text.append(piece, style=options.drafter_style(drafter) if drafter else "")
     console.print(text, end="", soft_wrap=True)
     console.file.flush()
 
@@ -167,7 +167,7 @@ def legend(speculation: str) -> Any:
         return Text("no speculation")
     text = Text("accepted draft tokens by drafter:")
     for drafter in drafters:
-        text.append(" ").append(drafter.name, style=options.DRAFTER_STYLES.get(drafter.name, ""))
+        text.append(" ").append(drafter.name, style=options.drafter_style(drafter.name))
     return text.append("; the rest is the target model's own choice")
 
 
