@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import EngineConfig, SamplingParams
+from paceline.draft.registry import DRAFTERS
 from paceline.errors import ConfigError, InputError, SamplingParamsError
 
 if TYPE_CHECKING:
@@ -24,17 +25,6 @@ if TYPE_CHECKING:
 
     from paceline.llm import LLM
     from paceline.model.loader import LoadedModel
-
-DRAFTER_STYLES = {
-    "ngram": "green",
-    "recycling": "cyan",
-    "suffix": "blue",
-    "draft": "magenta",
-    "ouroboros": "bright_magenta",
-    "prediction": "yellow",
-    "grammar": "bright_black",
-}
-"""Colour of an accepted draft token by the drafter that guessed it."""
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -150,7 +140,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
             "--speculation",
             metavar="SPEC",
             help="none, auto or drafter[:key=value,...][+drafter...][@policy]; "
-            f"drafters: {', '.join(DRAFTER_STYLES)} (default: {default.speculation})",
+            f"drafters: {', '.join(DRAFTERS)} (default: {default.speculation})",
         )
         choice.add_argument("--speculative-config", metavar="JSON", help="the same in vLLM's form")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -474,8 +475,17 @@ def test_logprobs_need_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().err
 
 
-def test_every_drafter_has_a_colour_and_is_named_by_help() -> None:
-    from paceline.cli.options import DRAFTER_STYLES
+def test_every_drafter_has_a_colour_and_is_named_by_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that is new in the registry, without a line anywhere else."""
     from paceline.draft.registry import DRAFTERS
 
-    assert set(DRAFTER_STYLES) == set(DRAFTERS)
+    monkeypatch.setitem(DRAFTERS, "newest", DRAFTERS["ngram"])
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    for name in DRAFTERS:
+        assert re.search(rf"drafters:[^()]*\b{name}\b", out), name
+        assert chat.drafter_style(name)
+    assert str(chat.legend("newest:k=4+ngram")).startswith("accepted draft tokens by drafter: newest ngram;")
