@@ -145,8 +145,12 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
         choice.add_argument("--speculative-config", metavar="JSON", help="the same in vLLM's form")
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+def engine_options(args: argparse.Namespace, speculation: str | None = None) -> dict[str, Any]:
     """Keyword options for `LLM` from a command line.
+
+    Args:
+        args: the command line.
+        speculation: instead of the command line's. Without speculation the tree is left out: it is for the others.
 
     Raises:
         ConfigError: an option is impossible; a speculation spec cannot be read.
@@ -154,7 +158,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     names = ("dtype", "device", "max_model_len", "num_threads", "rule", "tree")
     options = {name: given[name] for name in names if name in given}
-    if given.get("speculative_config") is not None:
+    if speculation is not None:
+        options["speculation"] = speculation
+        if speculation == "none":
+            options.pop("tree", None)
+    elif given.get("speculative_config") is not None:
         from paceline.plan.spec import from_vllm_json
 
         options["speculation"] = from_vllm_json(given["speculative_config"])
@@ -171,7 +179,7 @@ def check_engine(options: Mapping[str, Any]) -> None:
         ConfigError: an option is impossible; a speculation spec cannot be read.
     """
     config = EngineConfig.from_options(options)
-    from paceline.engine.builder import check_speculation
+    from paceline.engine.speculation import check_speculation
 
     check_speculation(config)
 

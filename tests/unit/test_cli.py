@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -18,7 +19,7 @@ import pytest
 from paceline.cli import bench_spec, bench_systems, chat, demo, generate, options, profile, pull
 from paceline.cli.main import COMMANDS, main, parse_args
 from paceline.config import EngineConfig, SamplingParams
-from paceline.engine.builder import check_speculation
+from paceline.engine.speculation import check_speculation
 from paceline.errors import DownloadError, PromptTooLongError
 from paceline.outputs import Completion, Generation, GenerationStats, StreamChunk
 
@@ -442,6 +443,20 @@ def test_demo_ends_with_a_table(fake: FakeLLM, capsys: pytest.CaptureFixture[str
     assert (model, shared) == ("smollm2-135m", "the weights")
     assert (off["speculation"], on.get("speculation", "auto")) == ("none", "auto")
     assert off["dtype"] == on["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench", "spec", "fake"], ["bench", "load", "fake", "--users", "1"]])
+def test_a_tree_is_for_the_speculating_engines(fake: FakeLLM, command: list[str]) -> None:
+    """The baseline beside them drafts nothing, and would refuse it."""
+    with contextlib.suppress(Exception):  # the stand-in knows too little for all of them to end well
+        main([*command, "--speculation", "draft:model=x", "--tree", "cape"])
+    opened = [
+        call[1] for call in fake.calls if isinstance(call, tuple) and call[0] in ("fake", "smollm2-135m", "the weights")
+    ]
+    assert opened
+    for settings in opened:
+        assert ("tree" in settings) == (settings["speculation"] != "none")
+        assert settings["rule"] == "coupled"
 
 
 def test_demo_exits_1_when_a_text_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
