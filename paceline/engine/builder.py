@@ -23,7 +23,7 @@ from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
 from paceline.engine.speculation import Speculation, check_speculation
 from paceline.errors import ConfigError, SpeculationSpecError
-from paceline.model.draft_weights import is_draft, load_draft
+from paceline.model.draft_weights import check_is_draft_or_model, is_draft, load_draft
 from paceline.model.head_subset import cut_head, read_ranking
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
@@ -183,6 +183,7 @@ def _load_draft(
 ) -> LoadedModel:
     """Load a draft model, which may live on the target's embeddings; refuse one whose tokens mean something else."""
     on_progress(f"loading draft model {model}")
+    check_is_draft_or_model(model)
     if is_draft(model):
         return load_draft(model, target)
     name = "float32" if target.dtype == torch.float32 else "bfloat16"
