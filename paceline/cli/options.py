@@ -243,8 +243,10 @@ def check_writable(path: str | None, field: str) -> None:
         return
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
-        reason = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
-        raise ConfigError(f"{path} {reason}.", field=field)
+        reason, fix = "lies in a folder that does not exist", f"Make the folder {target.parent} first."
+        if target.is_dir():
+            reason, fix = "is a folder", "Name a file in it."
+        raise ConfigError(f"{path} {reason}.", field=field, fix=fix)
 
 
 def chart_path(json_path: str | None, plot: str | None) -> str | None:
