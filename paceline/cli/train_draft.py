@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.cli import options
 from paceline.cli.numbers import amount, count, list_of, not_negative, positive, whole
 from paceline.errors import ConfigError
+from paceline.train.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.tv_weight > 1:
         raise ConfigError(f"is {args.tv_weight}; give 0 to 1.", field="tv-weight")
+    check_run_folder(Path(args.out))
     console = options.stderr_console()
     with options.status(console, "starting"):
         import torch

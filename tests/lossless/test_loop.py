@@ -64,7 +64,7 @@ FAST = (
 POLICY_SPECS = [
     f"{drafters}@{policy}{':k=2' * (policy == 'fixed')}"
     for policy in POLICIES
-    for drafters in ("ngram+recycling", "draft:model=DRAFT")
+    for drafters in ("ngram+recycling", "draft:model=DRAFT")[POLICIES[policy].stops_drafts :]
 ]
 SLOW = [
     case for case in itertools.product((*SPECS, *POLICY_SPECS), ("coupled", "rejection"), OPTIONS) if case not in FAST
