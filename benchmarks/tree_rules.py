@@ -11,7 +11,8 @@ The draft model is `--draft`; by default it is the target itself without a few m
 about as often as a trained small one. Only how much is accepted is measured here, never time.
 
 Trees of 30 nodes: `rsd-c` 2/2/2/1 and `rsd-s` of width 6 have five levels both. Under `multi` the siblings of the same
-tree are drawn independently. `sequoia` first learns its positional vector in rounds of its own at other contexts.
+tree, there called `branching`, are drawn independently. `sequoia` first learns its positional vector in rounds of its
+own at other contexts.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from paceline.model.loader import load_model
 NODES, DEPTH = 30, 12
 BUDGETS = (16, 32, 64)
 TREES = ("chain", "k-ary:k=2", "rsd-c:widths=2/2/2/1", "rsd-s:width=6", "sequoia")
+REPEATING = "branching:widths=2/2/2/1"
+"""The tree of `rsd-c` under `multi`."""
 RULES = ("coupled", "recursive", "multi")
 GROWING = ("k-ary:k=2", "k-ary:k=3", "sequoia")
 _CHAIN = f"chain recursive {NODES}"
@@ -112,8 +115,9 @@ def trials() -> list[Trial]:
     found = [
         Trial(tree, rule, NODES, DEPTH)
         for tree, rule in itertools.product(TREES, RULES)
-        if rule != "multi" or tree not in ("rsd-s:width=6", "chain")
+        if rule != "multi" or not tree.startswith(("rsd", "chain"))
     ]
+    found.append(Trial(REPEATING, "multi", NODES, DEPTH))
     return found + [Trial(tree, "recursive", nodes, DEPTH) for nodes in BUDGETS for tree in GROWING]
 
 
@@ -154,6 +158,7 @@ def summary(
             row["predicted"] = 1.0 + float(table.gain[table.level(trial.depth), trial.nodes])
         rows.append(row)
     pairs = [(f"{t} recursive {NODES}", f"{t} {rule} {NODES}") for t in TREES for rule in ("coupled", "multi")]
+    pairs.append((f"rsd-c:widths=2/2/2/1 recursive {NODES}", f"{REPEATING} multi {NODES}"))
     pairs += [(f"rsd-s:width=6 {r} {NODES}", f"rsd-c:widths=2/2/2/1 {r} {NODES}") for r in ("recursive", "coupled")]
     pairs += [(f"sequoia recursive {n}", f"{t} recursive {n}") for t in GROWING[:-1] for n in BUDGETS]
     pairs += [(f"sequoia recursive {n}", _CHAIN) for n in BUDGETS]

@@ -26,8 +26,8 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    """`auto` (bf16 where the hardware has it, else fp32; on a CPU, weights of a GGUF file in Q4_0, Q4_1 or Q8_0 stay in
-    8 and 4 bits), `float32` or `bfloat16`, which dequantise."""
+    """`auto` (bf16 where the hardware has it, else fp32), `float32`, `bfloat16`, or `file`: `auto`, but on a CPU
+    weights of a GGUF file in Q4_0, Q4_1 or Q8_0 stay in 4 and 8 bits."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
     max_model_len: int | None = None
@@ -64,10 +64,10 @@ class EngineConfig:
         for name in ("speculation", "rule", "tree", "device"):
             _require(isinstance(getattr(self, name), str), ConfigError, name, "must be text.")
         _require(
-            self.dtype in ("auto", "float32", "bfloat16"),
+            self.dtype in ("auto", "float32", "bfloat16", "file"),
             ConfigError,
             "dtype",
-            f"is {self.dtype!r}; take auto, float32 or bfloat16.",
+            f"is {self.dtype!r}; take auto, float32, bfloat16 or file.",
         )
 
     @classmethod

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 from paceline.config import EngineConfig, SamplingParams
 from paceline.constrain.compiler import Grammars
-from paceline.engine.builder import build_engine, check_speculation
+from paceline.engine.builder import build_engine
 from paceline.engine.constraint import Constraint
 from paceline.engine.request import Request
 from paceline.engine.rng import fresh_seed
+from paceline.engine.speculation import check_speculation
 from paceline.errors import RequestError, SamplingParamsError
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Collector, Generation, StreamChunk

@@ -129,13 +129,11 @@ def _engines(
     from paceline.plan.spec import parse_speculation
 
     specs = [spec.BASELINE, *dict.fromkeys(s for s in args.speculation if s != spec.BASELINE)]
-    engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": spec.BASELINE}))
-    for text in specs:
-        options.check_engine({**engine, "speculation": text})
+    engines = {text: options.engine_options(args, text) for text in specs}
     params, model = _sampling(args), args.model
     clients: dict[str, Client] = {}
-    for text in specs:
-        llm = stack.enter_context(options.open_llm(model, {**engine, "speculation": text}, console))
+    for text, engine in engines.items():
+        llm = stack.enter_context(options.open_llm(model, engine, console))
         model = llm.loaded  # the weights are there once, whatever the number of engines
         client = LocalClient(llm, params)
         stack.callback(client.close)

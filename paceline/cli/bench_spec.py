@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from paceline.bench.host import host_info
 
     specs = [spec.BASELINE, *dict.fromkeys(s for s in args.speculation if s != spec.BASELINE)]
-    engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": spec.BASELINE}))
-    for text in specs:
-        options.check_engine({**engine, "speculation": text})
+    settings = {text: options.engine_options(args, text) for text in specs}
     params = options.sampling_params(args)
     options.check_writable(args.json, "--json")
     plot = options.chart_path(args.json, args.plot)
@@ -88,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         engines: dict[str, Any] = {}
         model: Any = args.model
-        for text in specs:
-            llm = options.open_llm(model, {**engine, "speculation": text}, console)
+        for text, engine in settings.items():
+            llm = options.open_llm(model, engine, console)
             engines[text] = stack.enter_context(llm)
             model = llm.loaded  # the weights are there once, whatever the number of engines
         host = host_info(model.precision, model.device)
@@ -99,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
         except (KeyboardInterrupt, PacelineError) as error:
             stopped = error
     rows = spec.summarise(measured, specs)
-    settings = {name: getattr(args, name) for name in ("model", "repeats", "turns", "rule", "tree")}
     result = {
-        **settings,
+        **{name: getattr(args, name) for name in ("model", "repeats", "turns", "rule", "tree")},
         "complete": stopped is None,
         "sampling": dataclasses.asdict(params),
         "host": host,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,6 @@ from paceline.cli import options
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from paceline.bench.systems.base import Row, System
@@ -25,7 +26,8 @@ examples:
   paceline bench systems smartspec bass --traces recorded/
 
 Without a name all systems run; those that are not in yet say so. Models run in fp32, so that outputs can be compared
-token for token. Exit code 1: a test failed. Ctrl-C keeps the rows that are finished.
+token for token. Exit code 1: a test failed. Rows are printed and written whenever a system is done; Ctrl-C and SIGTERM
+keep those that are finished.
 """
 
 
@@ -64,38 +66,48 @@ def run(args: argparse.Namespace) -> int:
     from paceline.bench.systems.registry import find
 
     systems = find(list(dict.fromkeys(args.names)))
+    options.check_writable(args.json, "--json")
     if args.list:
         _list(systems, args.json)
         return 0
-    options.check_writable(args.json, "--json")
     traces = None if args.traces is None else Path(args.traces)
     if traces is not None and not traces.is_dir():
         raise ConfigError(f"{traces} is no folder.", field="--traces")
-    console = options.stderr_console()
-    rows: list[Row] = []
+    report = Report(args, systems)
     stopped: KeyboardInterrupt | None = None
     context = Context(args.model, quick=args.quick, draft=args.draft, traces=traces)
-    try:
-        for row in _measure(systems, context, console):
-            rows.append(row)
-    except KeyboardInterrupt as error:
-        stopped = error
-    finally:
-        context.close()
-    _report(args, rows, complete=stopped is None)
+    with _terminated_like_interrupted():
+        try:
+            context.check_draft()
+            _measure(systems, context, report)
+        except KeyboardInterrupt as error:
+            stopped = error
+        finally:
+            context.close()
+        report.finish(complete=stopped is None)
     if stopped is not None:
         raise stopped
-    return 1 if any(row.passed is False for row in rows) else 0
+    return 1 if any(row.passed is False for row in report.rows) else 0
 
 
-def _measure(systems: Sequence[System], context: Context, console: Console) -> Iterator[Row]:
-    """All rows, behind a progress bar that says what is being done."""
+@contextlib.contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt`, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _measure(systems: Sequence[System], context: Context, report: Report) -> None:
+    """Run all systems, behind a progress bar that says what is being done and makes way for rows."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from paceline.bench.systems.base import rows_of
 
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, refresh_per_second=2, transient=True) as bar:
+    with Progress(*columns, console=options.stderr_console(), refresh_per_second=2, transient=True) as bar:
         task = bar.add_task("", total=len(systems))
         for system in systems:
 
@@ -103,9 +115,58 @@ def _measure(systems: Sequence[System], context: Context, console: Console) -> I
                 bar.update(task, description=f"{name}: {text}")
 
             context.say = say
-            yield from rows_of(system, context)
+            for row in rows_of(system, context):
+                report.rows.append(row)
             context.release()
             bar.update(task, advance=1)
+            bar.stop()
+            report.show()
+            bar.start()
+
+
+class Report:
+    """The rows so far: printed and written whenever a system is done, so that a long run shows and keeps its results.
+
+    Args:
+        args: the command line.
+        systems: what will be measured.
+    """
+
+    def __init__(self, args: argparse.Namespace, systems: Sequence[System]) -> None:
+        import torch
+
+        from paceline.bench.host import host_info
+
+        self.rows: list[Row] = []
+        self._shown = 0
+        self._path: str | None = args.json
+        self._about = {
+            "model": args.model,
+            "quick": args.quick,
+            "host": host_info("float32", torch.device("cpu")),
+        }
+        self._names = max(len(system.name) for system in systems)
+        self._console = options.stderr_console() if args.json == "-" else options.stdout_console()
+
+    def show(self) -> None:
+        """Print the rows that are new, and write the file."""
+        new = self.rows[self._shown :]
+        if new:
+            self._console.print(table_of(new, self._names, header=not self._shown), soft_wrap=False)
+        self._shown = len(self.rows)
+        if self._path != "-":
+            self._write(complete=False)
+
+    def finish(self, *, complete: bool) -> None:
+        """Print what is left and the sum, and write the JSON for good."""
+        self.show()
+        self._write(complete=complete)
+        self._console.print(_note(self.rows, complete=complete), style="dim")
+
+    def _write(self, *, complete: bool) -> None:
+        if self._path is not None:
+            rows = [row.as_json() for row in self.rows]
+            options.write_json({**self._about, "complete": complete, "rows": rows}, self._path)
 
 
 def _list(systems: Sequence[System], json_path: str | None) -> None:
@@ -118,60 +179,51 @@ def _list(systems: Sequence[System], json_path: str | None) -> None:
         )
     if json_path == "-":
         return
-    table = _table("name", "group", "arXiv", "title", "tests")
+    table = _table()
+    for name in ("name", "group", "arXiv", "title", "tests"):
+        table.add_column(name, no_wrap=name in ("name", "arXiv"), overflow="fold")
     for system in systems:
         table.add_row(system.name, system.group, system.arxiv, system.title, "in" if system.run else "not yet")
     options.stdout_console().print(table, soft_wrap=False)
 
 
-def _report(args: argparse.Namespace, rows: Sequence[Row], *, complete: bool) -> None:
-    """Write the JSON, and print the table (to stderr when the JSON goes to stdout)."""
-    import torch
+def table_of(rows: Sequence[Row], names: int, *, header: bool) -> Table:
+    """The rows of a system as a table, as wide as every other system's; failed ones are red.
 
-    from paceline.bench.host import host_info
-
-    result = {
-        "model": args.model,
-        "quick": args.quick,
-        "complete": complete,
-        "host": host_info("float32", torch.device("cpu")),
-        "rows": [row.as_json() for row in rows],
-    }
-    if args.json is not None:
-        options.write_json(result, args.json)
-    console = options.stderr_console() if args.json == "-" else options.stdout_console()
-    console.print(table_of(rows), soft_wrap=False)
-    console.print(_note(rows, complete=complete), style="dim")
-
-
-def table_of(rows: Sequence[Row]) -> Table:
-    """The rows as a table; failed ones are red."""
+    Args:
+        rows: of the system.
+        names: characters of the longest name of a system.
+        header: whether to name the columns.
+    """
     from rich.text import Text
 
-    table = _table("system", "test", "figure", "threshold", "passed", "note")
+    table = _table()
+    table.show_header, table.expand = header, True
+    for name, width in (("system", max(names, 6)), ("test", None), ("figure", 9), ("threshold", 10), ("passed", 9)):
+        right = name == "figure"
+        ratio = None if width else 2
+        table.add_column(name, justify="right" if right else "left", width=width, ratio=ratio, overflow="fold")
+    table.add_column("note", ratio=3, overflow="fold")
     for i, row in enumerate(rows):
-        first = i == 0 or rows[i - 1].system != row.system
-        last = i + 1 == len(rows) or rows[i + 1].system != row.system
-        words = {True: "yes", False: "NO", None: "not yet"}
-        cells = (row.system if first else "", row.test, shown(row.figure), row.threshold, words[row.passed], "")
-        note = "" if row.passed is None else row.note
+        passed = {True: "yes", False: "NO", None: "not yet" if _absent(row) else "undecided"}[row.passed]
         style = "red" if row.passed is False else "dim" if row.passed is None else ""
-        table.add_row(
-            *(Text(cell, style=style) for cell in (*cells[:-1], note)), end_section=last and row.passed is not None
-        )
+        name = row.system if i == 0 or rows[i - 1].system != row.system else ""
+        note = "" if _absent(row) else row.note
+        cells = (name, row.test, shown(row.figure), row.threshold, passed, note)
+        table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
 
 
-def _table(*names: str) -> Table:
+def _absent(row: Row) -> bool:
+    """Whether the row stands for a system that is not in."""
+    return row.passed is None and row.figure is None
+
+
+def _table() -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in names:
-        right = name == "figure"
-        whole = name in ("figure", "threshold", "passed", "arXiv", "name", "system")
-        table.add_column(name, justify="right" if right else "left", no_wrap=whole, overflow="fold")
-    return table
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
 
 
 def shown(figure: float | str | None) -> str:
@@ -184,11 +236,12 @@ def shown(figure: float | str | None) -> str:
 
 
 def _note(rows: Sequence[Row], *, complete: bool) -> str:
-    measured = {row.system for row in rows if row.passed is not None}
-    failed = sum(row.passed is False for row in rows)
-    tests = sum(row.passed is not None for row in rows)
+    tests = [row for row in rows if not _absent(row)]
+    held, undecided = sum(row.passed is True for row in tests), sum(row.passed is None for row in tests)
+    measured = {row.system for row in tests}
     missing = len({row.system for row in rows} - measured)
-    lines = [f"{tests - failed} of {tests} tests of {len(measured)} systems hold; {missing} systems are not in yet."]
+    about = f" ({undecided} undecided: too few measurements)" if undecided else ""
+    lines = [f"{held} of {len(tests)} tests of {len(measured)} systems hold{about}; {missing} systems are not in yet."]
     if not complete:
         lines.append("Stopped early: later systems were not run.")
     return "\n".join(lines)

@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 HELP = "/reset forgets the conversation · /stats shows speeds · /quit leaves · Ctrl-C stops an answer"
 
+_STYLES = {
+    "ngram": "green",
+    "recycling": "cyan",
+    "suffix": "blue",
+    "draft": "magenta",
+    "ouroboros": "bright_magenta",
+    "prediction": "yellow",
+    "grammar": "bright_black",
+}
+_OTHER_STYLE = "bright_blue"
+"""Of a drafter that has no colour of its own."""
+
 EPILOG = """\
 examples:
   paceline chat smollm2-135m
@@ -145,13 +157,18 @@ class Conversation:
         )
 
 
+def drafter_style(name: str) -> str:
+    """Colour of the accepted draft tokens that a drafter guessed."""
+    return _STYLES.get(name, _OTHER_STYLE)
+
+
 def print_chunk(console: Console, chunk: StreamChunk) -> None:
     """Print new text, each accepted draft token in the colour of its drafter."""
     from rich.text import Text
 
     text = Text()
     for piece, drafter in zip(chunk.pieces, chunk.drafters, strict=True):
-        text.append(piece, style=options.DRAFTER_STYLES.get(drafter or "", ""))
+        text.append(piece, style=drafter_style(drafter) if drafter else "")
     console.print(text, end="", soft_wrap=True)
     console.file.flush()
 
@@ -167,7 +184,7 @@ def legend(speculation: str) -> Any:
         return Text("no speculation")
     text = Text("accepted draft tokens by drafter:")
     for drafter in drafters:
-        text.append(" ").append(drafter.name, style=options.DRAFTER_STYLES.get(drafter.name, ""))
+        text.append(" ").append(drafter.name, style=drafter_style(drafter.name))
     return text.append("; the rest is the target model's own choice")
 
 

@@ -122,12 +122,14 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    settings = {"kv_cache_memory": KV_MEMORY, **options.engine_options(args)}
+    plain, settings = (
+        {"kv_cache_memory": KV_MEMORY, **options.engine_options(args, speculation)} for speculation in ("none", None)
+    )
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0.0)
     console, notes = options.stdout_console(), options.stderr_console()
     pairs: list[Pair] = []
     with (
-        options.open_llm(args.model, {**settings, "speculation": "none"}, notes) as off,
+        options.open_llm(args.model, plain, notes) as off,
         options.open_llm(off.loaded, settings, notes) as on,
     ):
         console.print(f"[bold]{on.model_name}[/bold], {args.dtype}, greedy, one prompt at a time")

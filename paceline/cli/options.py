@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import EngineConfig, SamplingParams
+from paceline.draft.registry import DRAFTERS
 from paceline.errors import ConfigError, InputError, SamplingParamsError
 
 if TYPE_CHECKING:
@@ -24,17 +25,6 @@ if TYPE_CHECKING:
 
     from paceline.llm import LLM
     from paceline.model.loader import LoadedModel
-
-DRAFTER_STYLES = {
-    "ngram": "green",
-    "recycling": "cyan",
-    "suffix": "blue",
-    "draft": "magenta",
-    "ouroboros": "bright_magenta",
-    "prediction": "yellow",
-    "grammar": "bright_black",
-}
-"""Colour of an accepted draft token by the drafter that guessed it."""
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -122,10 +112,10 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "file"),
         default=dtype or default.dtype,
-        help="number format; auto is bfloat16 where the hardware has it, and on a CPU keeps a GGUF file's 4 and 8 bits "
-        "(default: %(default)s)",
+        help="number format; auto is bfloat16 where the hardware has it; file keeps a GGUF file's 4 and 8 bits on "
+        "a CPU (default: %(default)s)",
     )
     group.add_argument(
         "--device",
@@ -151,13 +141,17 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
             "--speculation",
             metavar="SPEC",
             help="none, auto or drafter[:key=value,...][+drafter...][@policy]; "
-            f"drafters: {', '.join(DRAFTER_STYLES)} (default: {default.speculation})",
+            f"drafters: {', '.join(DRAFTERS)} (default: {default.speculation})",
         )
         choice.add_argument("--speculative-config", metavar="JSON", help="the same in vLLM's form")
 
 
-def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+def engine_options(args: argparse.Namespace, speculation: str | None = None) -> dict[str, Any]:
     """Keyword options for `LLM` from a command line.
+
+    Args:
+        args: the command line.
+        speculation: instead of the command line's. Without speculation the tree is left out: it is for the others.
 
     Raises:
         ConfigError: an option is impossible; a speculation spec cannot be read.
@@ -165,7 +159,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     names = ("dtype", "device", "max_model_len", "num_threads", "rule", "tree")
     options = {name: given[name] for name in names if name in given}
-    if given.get("speculative_config") is not None:
+    if speculation is not None:
+        options["speculation"] = speculation
+        if speculation == "none":
+            options.pop("tree", None)
+    elif given.get("speculative_config") is not None:
         from paceline.plan.spec import from_vllm_json
 
         options["speculation"] = from_vllm_json(given["speculative_config"])
@@ -182,7 +180,7 @@ def check_engine(options: Mapping[str, Any]) -> None:
         ConfigError: an option is impossible; a speculation spec cannot be read.
     """
     config = EngineConfig.from_options(options)
-    from paceline.engine.builder import check_speculation
+    from paceline.engine.speculation import check_speculation
 
     check_speculation(config)
 
@@ -246,8 +244,10 @@ def check_writable(path: str | None, field: str) -> None:
         return
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
-        reason = "is a folder" if target.is_dir() else "lies in a folder that does not exist"
-        raise ConfigError(f"{path} {reason}.", field=field)
+        reason, fix = "lies in a folder that does not exist", f"Make the folder {target.parent} first."
+        if target.is_dir():
+            reason, fix = "is a folder", "Name a file in it."
+        raise ConfigError(f"{path} {reason}.", field=field, fix=fix)
 
 
 def chart_path(json_path: str | None, plot: str | None) -> str | None:

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from paceline.bench.host import host_info
     from paceline.bench.roofline import measure_roofline
 
-    engine = options.engine_options(argparse.Namespace(**{**vars(args), "speculation": "none"}))
+    engine = options.engine_options(args, "none")
     options.check_writable(args.json, "--json")
     plot = options.chart_path(args.json, args.plot)
     console = options.stderr_console()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.cli import options
 from paceline.cli.numbers import amount, count, not_negative, positive, whole
+from paceline.train.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,6 +83,7 @@ def _add_training(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    check_run_folder(Path(args.out))
     console = options.stderr_console()
     with options.status(console, "starting"):
         import torch
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device, keep_quantised=False)
+        target = load_model(args.model, dtype=args.dtype, device=args.device)
         draft = open_draft(args.draft, target)
     host = host_info(target.precision, target.device)
     with _events(console) as events:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.cli import options
 from paceline.cli.numbers import amount, count, list_of, not_negative, positive, whole
 from paceline.errors import ConfigError
+from paceline.train.run_folder import check_run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.tv_weight > 1:
         raise ConfigError(f"is {args.tv_weight}; give 0 to 1.", field="tv-weight")
+    check_run_folder(Path(args.out))
     console = options.stderr_console()
     with options.status(console, "starting"):
         import torch
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device, keep_quantised=False)
+        target = load_model(args.model, dtype=args.dtype, device=args.device)
     settings = _settings(args, on_cpu=target.device.type == "cpu")
     host = host_info(target.precision, target.device)
     hardware = f"{host['device']}, {host['dtype']}, torch {torch.__version__}"

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.out)
     vocab.check_name(path)
+    options.check_writable(args.out, "--out")
     console = options.stderr_console()
     with options.status(console, "starting"):
         target = load_model(args.model, device="cpu")

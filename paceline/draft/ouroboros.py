@@ -154,6 +154,11 @@ class OuroborosDrafter:
         self.width = shape.width * (2.0 if self._suffixes else 1.0)
 
     @property
+    def hidden_size(self) -> int:
+        """Of the draft model's last hidden states."""
+        return self.draft.hidden_size
+
+    @property
     def blocks(self) -> BlockManager:
         """Of the draft model's cache."""
         return self.draft.blocks

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from paceline.draft.base import Drafter
 from paceline.draft.guessers.registry import create_guesser
 from paceline.errors import SpeculationSpecError
+
+if TYPE_CHECKING:  # `--help` lists the drafters, and PyTorch would hold it up
+    from paceline.draft.base import Drafter
 
 
 @dataclass(frozen=True, slots=True)

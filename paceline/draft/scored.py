@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from paceline.arrays import FloatArray
 from paceline.engine.request import Request
-from paceline.engine.rng import Noise, Stream
+from paceline.engine.rng import Stream
 from paceline.engine.sampling import Law, top_ids
 
 _MOST_NODES = 4096
@@ -151,12 +151,11 @@ class Scored:
         return np.pad(best.astype(np.float64) / self._total, (0, count - known))
 
     def _words(self, draw: int = 0) -> NDArray[np.uint32]:
-        noise = Noise(self.request.seed, self.request.sample_index)
         position = len(self.request.token_ids) + self.depth
         if self.ranking is Ranking.TARGET_NOISE:
-            return noise.words(position, Stream.TARGET, self.vocab_size)
+            return self.request.noise.words(position, Stream.TARGET, self.vocab_size)
         place = (len(self.request.token_ids) * _MOST_NODES + self.node + 1) * _MOST_DRAWS + draw
-        return noise.words(position, Stream.DRAFT, self.vocab_size, round_id=place)
+        return self.request.secret_noise.words(position, Stream.DRAFT, self.vocab_size, round_id=place)
 
 
 def _likeliest(law: Law, count: int) -> Ranked:

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,74 +18,28 @@ from paceline.draft import registry as drafters
 from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.draft.shapes.base import TreeShape
-from paceline.draft.shapes.registry import create_shape, parse_tree
 from paceline.engine.commit import Committer
-from paceline.engine.draft_tree import Origin
 from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
+from paceline.engine.speculation import Speculation, check_speculation
 from paceline.errors import ConfigError, SpeculationSpecError
-from paceline.model.draft_weights import is_draft, load_draft
+from paceline.model.draft_weights import check_is_draft_or_model, is_draft, load_draft
 from paceline.model.head_subset import cut_head, read_ranking
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
 from paceline.plan.base import DrafterLimits, LengthPolicy
 from paceline.plan.cost_model import CostModel
-from paceline.plan.registry import check_policy, create_policy
-from paceline.plan.spec import DrafterSpec, SpeculationSpec, parse_speculation
+from paceline.plan.registry import create_policy
+from paceline.plan.spec import DrafterSpec, SpeculationSpec
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.schedule.scheduler import Scheduler
-from paceline.verify.base import AcceptanceRule
-from paceline.verify.registry import RULES, create_rule
 from paceline.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 """Of the memory that is free after loading."""
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """A checked speculation setting."""
-
-    spec: SpeculationSpec
-    rule: AcceptanceRule
-    chain: bool
-    """Whether every drafter must propose chains."""
-    shape: TreeShape
-    """Of a draft model's trees."""
-    policy_options: Mapping[str, Any]
-
-
-def check_speculation(config: EngineConfig) -> Speculation:
-    """Parse and check everything about speculation that needs no model.
-
-    Raises:
-        SpeculationSpecError: the spec cannot be read, or names an unknown drafter, policy or option.
-        ConfigError: an unknown rule or tree, or a rule that the tree forbids.
-    """
-    spec = parse_speculation(config.speculation)
-    rule = create_rule(config.rule)
-    tree = parse_tree(config.tree)
-    if tree.branches and rule.branches is None:
-        others = ", ".join(name for name in RULES if create_rule(name).branches is not None)
-        raise ConfigError(
-            f"rule {rule.name} walks a chain and cannot verify a tree.",
-            field="tree",
-            fix=f"Use --tree chain with it, or one of the rules {others} with the tree.",
-        )
-    if tree.branches and spec.drafters and not any(drafters.entry(d.name).has_model for d in spec.drafters):
-        raise ConfigError(
-            f"{tree.name} is a shape for a draft model, and {config.speculation} has none.",
-            field="tree",
-            fix="Use --tree auto, or add +draft:model=NAME to --speculation.",
-        )
-    shape = create_shape(tree, rule.branches or Origin.DISTINCT)
-    for drafter in spec.drafters:
-        drafters.parse_options(drafter.name, drafter.options)
-    options = check_policy(spec.policy, spec.policy_options) if spec.drafters else {}
-    return Speculation(spec, rule, tree.name == "chain" or rule.branches is None, shape, options)
 
 
 def build_engine(
@@ -230,10 +183,11 @@ def _load_draft(
 ) -> LoadedModel:
     """Load a draft model, which may live on the target's embeddings; refuse one whose tokens mean something else."""
     on_progress(f"loading draft model {model}")
+    check_is_draft_or_model(model)
     if is_draft(model):
         return load_draft(model, target)
     # Beside a target in a file's own precision the draft may keep its file's, too.
-    name = "auto" if target.kept_kinds else str(target.dtype).removeprefix("torch.")
+    name = "file" if target.kept_kinds else str(target.dtype).removeprefix("torch.")
     draft = load_model(model, dtype=name, device=str(target.device), trust_remote_code=config.trust_remote_code)
     if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise SpeculationSpecError(

@@ -12,6 +12,7 @@ from paceline.engine.commit import Committer
 from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import observations, step_stats
 from paceline.engine.request import FinishReason, Request
+from paceline.engine.rng import Repeats, secret_seed
 from paceline.engine.types import DraftBatch, InFlight, RequestOutput, ScheduledBatch, StepOutput, StepStats, Tap
 from paceline.errors import PromptTooLongError, RequestError
 from paceline.model.runner import ModelRunner
@@ -66,6 +67,7 @@ class Engine:
         self.slot_price = 0.0
         """Of the latest step in which a policy priced the draft nodes."""
         self._requests: dict[str, Request] = {}
+        self._repeats = Repeats()
         self._news: list[RequestOutput] = []
 
     @property
@@ -85,6 +87,9 @@ class Engine:
             RequestError: see `validate`.
         """
         self.validate(request)
+        if self.stages.policy is not None:  # without drafts one seed is one text under every rule
+            repeat = self._repeats.count(request.seed, request.sample_index)
+            request.secret = secret_seed(request.seed, repeat, request.token_ids, request.prediction_ids)
         self._requests[request.id] = request
         self.stages.scheduler.add(request)
 

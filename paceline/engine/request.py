@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from paceline.config import SamplingParams
 from paceline.engine.constraint import Constraint
+from paceline.engine.rng import Noise
 
 
 class FinishReason(StrEnum):
@@ -69,6 +70,8 @@ class Request:
     params: SamplingParams
     seed: int
     sample_index: int = 0
+    secret: int | None = None
+    """Key of the noise that no draft may depend on, set by the engine (`rng.secret_seed`); None: the seed."""
     salt: str = ""
     prediction_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
@@ -80,6 +83,16 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stats: RequestStats = field(default_factory=RequestStats)
+
+    @property
+    def noise(self) -> Noise:
+        """A function of the seed: what the target draws with."""
+        return Noise(self.seed, self.sample_index)
+
+    @property
+    def secret_noise(self) -> Noise:
+        """What rules that weigh drafts decide with, and drafters draw with under them."""
+        return Noise(self.seed if self.secret is None else self.secret, self.sample_index)
 
     @property
     def num_output(self) -> int:

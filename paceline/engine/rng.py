@@ -10,7 +10,9 @@ resubmitted: 64 tokens equal 32 tokens plus a second request that continues them
 
 from __future__ import annotations
 
+import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,6 +40,34 @@ class Stream(IntEnum):
 def fresh_seed() -> int:
     """A 63-bit seed from the operating system (63, so that JSON readers with signed integers keep it)."""
     return secrets.randbits(63)
+
+
+class Repeats:
+    """Counts how often seeds came, in bounded memory: a seed that falls into the counter of another begins higher."""
+
+    _COUNTERS = 1 << 16
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(self._COUNTERS, dtype=np.int64)
+
+    def count(self, seed: int, sample_index: int) -> int:
+        """A number that no earlier request with this seed and sample index got."""
+        place = int(_digest(seed, sample_index)) % self._COUNTERS
+        self._counts[place] += 1
+        return int(self._counts[place]) - 1
+
+
+def secret_seed(seed: int, repeat: int, prompt: Sequence[int], prediction: Sequence[int]) -> int:
+    """The key of noise that nothing a drafter may know depends on.
+
+    What the same seed gave before may be remembered from an earlier request, or stand in the prompt or prediction.
+    """
+    return _digest(seed, repeat, len(prompt), *prompt, *prediction)
+
+
+def _digest(*numbers: int) -> int:
+    data = np.array(numbers, dtype=np.uint64).astype("<u8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
 """Draft models that borrow the target's embedding and head, and bring only layers of their own.
 
 A draft made by `paceline train draft` is a folder with `config.json` (a `transformers` config with few layers),
-`draft.json` (the manifest: which target it belongs to, how it was made, and size and SHA-256 of every weight file) and
-its layers and final norm as safetensors, in one file or several. Embedding and head are the target's modules
-themselves, so a draft of 4 layers of SmolLM2-135M takes 28 MB and not 85, and on a CPU, where the engine has packed
-the target's head already (`packed_linear.py`), both models use the one packed head.
+`draft.json` (the manifest: which target it belongs to, how it was made, and size and SHA-256 of the other files, the
+card excepted) and its layers and final norm as safetensors, in one file or several. Embedding and head are the target's
+modules themselves, so a draft of 4 layers of SmolLM2-135M takes 28 MB and not 85, and on a CPU, where the engine has
+packed the target's head already (`packed_linear.py`), both models use the one packed head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ FORMAT = 1
 BUILTIN = "builtin"
 """The name of the draft that ships with a built-in target."""
 _SHIPPED = Path(__file__).parent / "drafts"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "vocab.txt")
 _AGAIN = "Copy the folder again, or make the draft again with `paceline train draft`."
 
 
@@ -57,6 +59,25 @@ def is_draft(name: str) -> bool:
     return name == BUILTIN or (Path(name).expanduser() / MANIFEST).is_file()
 
 
+def check_is_draft_or_model(name: str) -> None:
+    """Refuse a folder that is neither a draft of this kind nor a whole model, which may draft as well.
+
+    Raises:
+        ModelNotFoundError: it lacks the manifest of the one and the tokenizer of the other.
+    """
+    folder = Path(name).expanduser()
+    if is_draft(name) or not folder.is_dir():
+        return
+    is_model = (folder / "config.json").is_file() and any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    if is_model or (folder / "adapter_config.json").is_file():  # what is wrong with an adapter, the loader says
+        return
+    raise ModelNotFoundError(
+        f"is neither a draft (it has no {MANIFEST}) nor a model (it has no config.json with a tokenizer).",
+        field=name,
+        fix=_instead_of(folder),
+    )
+
+
 def ships(target: LoadedModel) -> bool:
     """Whether a draft of this target ships with Paceline."""
     own = public_name(target)
@@ -78,6 +99,7 @@ def load_draft(name: str, target: LoadedModel) -> LoadedModel:
     folder = _resolve(name, target)
     manifest = read_manifest(folder)
     _check_target(folder, manifest, target)
+    _check_files(folder, manifest)
     config = _read_config(folder)
     tensors = _read_tensors(folder, manifest)
     model = build_on_target(config, target.model, dtype=target.dtype, device=target.device, attention="paceline")
@@ -106,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-        complete = bool(known) and isinstance(manifest["target"], dict)
+        complete = bool(_weight_files(known)) and isinstance(manifest["target"], dict)
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError("is not the manifest of a draft.", field=str(path), fix=_AGAIN) from error
@@ -157,11 +179,15 @@ def _resolve(name: str, target: LoadedModel) -> Path:
         return folder
     if not folder.is_dir():
         raise ModelNotFoundError("no such draft folder.", field=name, fix="Make one with `paceline train draft`.")
+    raise ModelNotFoundError(f"is a folder without {MANIFEST}.", field=name, fix=_instead_of(folder))
+
+
+def _instead_of(folder: Path) -> str:
+    """The way out for who gave a folder without a manifest."""
     inner = folder / "draft"
-    fix = (
-        f"Give {inner}." if (inner / MANIFEST).is_file() else f"A draft folder has {MANIFEST}, config.json and weights."
-    )
-    raise ModelNotFoundError(f"is a folder without {MANIFEST}.", field=name, fix=fix)
+    if (inner / MANIFEST).is_file():
+        return f"Give {inner}."
+    return f"Copy all of a draft's folder ({MANIFEST}, config.json, weights), or make one with `paceline train draft`."
 
 
 def _shipped(target: LoadedModel) -> Path:
@@ -187,6 +213,19 @@ def _check_target(folder: Path, manifest: dict[str, Any], target: LoadedModel) -
             )
 
 
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptFileError("is missing.", field=str(path), fix=_AGAIN)
+        if file_facts(path) != facts:
+            raise CorruptFileError("is damaged: its size or SHA-256 is another.", field=str(path), fix=_AGAIN)
+
+
+def _weight_files(files: Iterable[str]) -> list[str]:
+    return [name for name in files if name.endswith(".safetensors")]
+
+
 def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
@@ -201,12 +240,8 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, torch.Ten
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
-    for name, facts in manifest["files"].items():
+    for name in _weight_files(manifest["files"]):
         path = folder / name
-        if not path.is_file():
-            raise CorruptFileError("is missing.", field=str(path), fix=_AGAIN)
-        if file_facts(path) != facts:
-            raise CorruptFileError("is damaged: its size or SHA-256 is another.", field=str(path), fix=_AGAIN)
         store.check_safetensors(path)
         tensors.update(load_file(path))
     return tensors

@@ -60,17 +60,15 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    keep_quantised: bool = True,
 ) -> LoadedModel:
     """Find, check and load a model.
 
     Args:
         source: see `resolve_source`.
-        dtype: of activations and weights, see `resolve_dtype`. With `auto` on a CPU, matrices of a GGUF file in a type
-            that `quantized_loading.py` knows stay in it: that model is the target then.
+        dtype: of activations and weights, see `resolve_dtype`. With `file` on a CPU, matrices of a GGUF file in a type
+            that `quantized_loading.py` knows stay in it: that model is the target then. Without any it is `auto`.
         device: see `resolve_device`.
         trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
-        keep_quantised: False dequantises under `auto`, too, for whoever needs gradients.
 
     Raises:
         ConfigError: dtype or device is impossible here.
@@ -87,7 +85,7 @@ def load_model(
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
-        if keep_quantised and dtype == "auto" and torch_device.type == "cpu" and can_keep(path):
+        if dtype == "file" and torch_device.type == "cpu" and can_keep(path):
             model, kept_kinds = _keep_weights(path, config, torch_dtype)
         else:
             model, kept_kinds = _read_weights(path, config, torch_dtype, trust_remote_code), ()
@@ -125,15 +123,16 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it, else float32.
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it, else float32; so are `file`'s
+    activations.
 
     Raises:
         ConfigError: another word.
     """
-    if dtype == "auto":
+    if dtype in ("auto", "file"):
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
     if dtype not in _DTYPES:
-        raise ConfigError(f"is {dtype!r}; take auto, float32 or bfloat16.", field="dtype")
+        raise ConfigError(f"is {dtype!r}; take auto, float32, bfloat16 or file.", field="dtype")
     return _DTYPES[dtype]
 
 

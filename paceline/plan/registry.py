@@ -40,13 +40,16 @@ def _head(kind: str) -> Callable[[str], Any]:
 
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
-    """Where a policy lives, the options it takes, whether it needs the cost model, and, of options that must be given,
-    how to come by a value."""
+    """Where a policy lives and what it takes and needs."""
 
     path: str
     options: Mapping[str, Callable[[str], Any]] = field(default_factory=dict)
     priced: bool = False
+    """Whether it needs the cost model."""
     required: Mapping[str, str] = field(default_factory=dict)
+    """Options that must be given, and how to come by a value."""
+    stops_drafts: bool = False
+    """Whether all it does is to end drafts of a draft model early."""
 
 
 _TRAIN = "paceline train acceptance-head MODEL --draft DRAFT --out RUN"
@@ -58,6 +61,7 @@ POLICIES: dict[str, PolicyEntry] = {
         "paceline.plan.decision:DecisionLength",
         {"head": _head("decision"), "p": _probability},
         required={"head": f"{_TRAIN} --kind decision"},
+        stops_drafts=True,
     ),
     "fixed": PolicyEntry("paceline.plan.fixed:FixedLength"),
     "heuristic": PolicyEntry("paceline.plan.heuristic:HeuristicLength"),
@@ -68,8 +72,9 @@ POLICIES: dict[str, PolicyEntry] = {
         "paceline.plan.specdec:SpecDecLength",
         {"head": _head("acceptance"), "h": _probability},
         required={"head": _TRAIN},
+        stops_drafts=True,
     ),
-    "svip": PolicyEntry("paceline.plan.svip:SvipLength", {"h": _share, "c": _share}),
+    "svip": PolicyEntry("paceline.plan.svip:SvipLength", {"h": _share, "c": _share}, stops_drafts=True),
     "threshold": PolicyEntry("paceline.plan.threshold:ThresholdLength", {"p": _probability}),
 }
 

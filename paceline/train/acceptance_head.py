@@ -28,7 +28,7 @@ import torch
 
 from paceline.arrays import FloatArray
 from paceline.errors import ConfigError, UnsupportedModelError
-from paceline.model.draft_weights import fingerprint, is_draft, load_draft, public_name
+from paceline.model.draft_weights import check_is_draft_or_model, fingerprint, is_draft, load_draft, public_name
 from paceline.model.loader import LoadedModel, load_model
 from paceline.plan.heads import AcceptanceHead, DecisionHead, Head, save_head
 from paceline.train.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
@@ -194,8 +194,10 @@ def open_draft(name: str, target: LoadedModel) -> LoadedModel:
     """The draft model of a spec: one made for the target, or any model with its tokenizer.
 
     Raises:
+        ModelNotFoundError: it is neither.
         UnsupportedModelError: it has another tokenizer.
     """
+    check_is_draft_or_model(name)
     if is_draft(name):
         return load_draft(name, target)
     kind = "float32" if target.dtype == torch.float32 else "bfloat16"

@@ -45,6 +45,7 @@ def export_draft(folder: Path, target: LoadedModel, student: Any, how: Provenanc
     config.architectures = [type(student).__name__]
     config.dtype = "bfloat16"
     config.save_pretrained(part)
+    files["config.json"] = file_facts(part / "config.json")
     manifest = {
         "format": FORMAT,
         "target": {
@@ -74,7 +75,7 @@ def card(manifest: dict[str, Any]) -> str:
     """The model card."""
     target, text, held = manifest["target"], manifest["text"], manifest["heldout"]
     wide = f", MLPs widened to {manifest['intermediate_size']}" if manifest["intermediate_size"] else ""
-    size = sum(f["bytes"] for f in manifest["files"].values()) / 1e6
+    size = sum(f["bytes"] for name, f in manifest["files"].items() if name.endswith(".safetensors")) / 1e6
     rows = "\n".join(
         f"| {m['step']} | {m['tokens']:,} | {m['loss']:.3f} | {m['acceptance']:.3f} | {m['agreement']:.3f} |"
         for m in _thinned(manifest["history"])

@@ -10,6 +10,17 @@ from typing import Any
 from paceline.errors import ConfigError, CorruptFileError
 
 
+def check_run_folder(run: Path) -> None:
+    """Refuse a run's folder that cannot be made.
+
+    Raises:
+        ConfigError: it is a file, or lies below one.
+    """
+    there = next(path for path in (run.absolute(), *run.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{run} is, or lies below, a file.", field="--out", fix="Name a folder.")
+
+
 def claim(run: Path, options: dict[str, Any]) -> None:
     """Write the options down in `run.json`, or compare them with those of the run that is being gone on with.
 

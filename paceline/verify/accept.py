@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 
-import numpy as np
-
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
-from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law, build_law
 from paceline.engine.types import Acceptance, DraftBatch, ScheduledBatch, TargetScores, Walk
 from paceline.verify.base import AcceptanceRule
@@ -72,18 +68,6 @@ def _accept_one(
         return build_law(scores.host[row], params, prompt, [*output, *path], masked, allowed)
 
     chosen = _ARGMAX_MATCH if params.greedy else rule
-    return chosen.accept(tree, law, _noise(request, chosen), len(request.token_ids), scores.logits.shape[-1])
-
-
-def _noise(request: Request, rule: AcceptanceRule) -> Noise:
-    """The request's noise.
-
-    A rule whose outcome depends on the draft must not reuse noise that made the draft. A prediction may well be what
-    the same seed gave before, so there it changes the key.
-    """
-    seed = request.seed
-    if not rule.shares_noise and request.prediction_ids:
-        predicted = np.asarray(request.prediction_ids, dtype="<i8").tobytes()
-        digest = hashlib.blake2b(seed.to_bytes(8, "little") + predicted, digest_size=8).digest()
-        seed = int.from_bytes(digest, "little")
-    return Noise(seed, request.sample_index)
+    # A rule whose outcome depends on the draft must not reuse noise that made the draft.
+    noise = request.noise if chosen.shares_noise else request.secret_noise
+    return chosen.accept(tree, law, noise, len(request.token_ids), scores.logits.shape[-1])

@@ -49,15 +49,12 @@ def _check_siblings(tokens: Sequence[int], laws: Sequence[Law], origin: Origin) 
         raise RuleViolation("siblings drawn without replacement repeat a token.", field="tokens")
     if any(not _same(law, laws[0]) for law in laws[1:]):
         raise RuleViolation("siblings carry different draft laws.", field="laws")
-    exhausted = False
+    drawable = [laws[0].can_draw(token) for token in tokens]
     for i, token in enumerate(tokens):
-        if _can_draw(laws[0], token):
-            if exhausted:
-                raise RuleViolation(f"token {token} stands behind tokens that its law cannot draw.", field="tokens")
-        elif origin is Origin.INDEPENDENT or i < _support(laws[0]):
+        if drawable[i] and not all(drawable[:i]):
+            raise RuleViolation(f"token {token} stands behind tokens that its law cannot draw.", field="tokens")
+        if not drawable[i] and (origin is Origin.INDEPENDENT or i < np.count_nonzero(laws[0].weights())):
             raise RuleViolation(f"token {token} cannot have been drawn from its draft law.", field="laws")
-        else:
-            exhausted = True
 
 
 def _same(a: Law, b: Law) -> bool:
@@ -65,17 +62,3 @@ def _same(a: Law, b: Law) -> bool:
         return True
     same_ids = (a.ids is None) == (b.ids is None) and (a.ids is None or np.array_equal(a.ids, b.ids))  # type: ignore[arg-type]
     return same_ids and np.array_equal(a.logits, b.logits)
-
-
-def _can_draw(law: Law, token: int) -> bool:
-    if law.ids is not None:
-        at = int(np.searchsorted(law.ids, token))
-        if at == len(law.ids) or law.ids[at] != token:
-            return False
-        token = at
-    return token < len(law.logits) and bool(law.weights()[token] > 0.0)
-
-
-def _support(law: Law) -> int:
-    """Tokens that the law can draw."""
-    return int(np.count_nonzero(law.weights()))

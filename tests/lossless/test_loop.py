@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lossless.loop import FALSE_ALARM, Tiny, exact_joint, make_tiny, run
+from lossless.loop import FALSE_ALARM, Runs, Tiny, exact_joint, make_tiny, run
 
 from paceline import LLM, SamplingParams
 from paceline.engine.draft_tree import DraftTree
@@ -64,7 +64,7 @@ FAST = (
 POLICY_SPECS = [
     f"{drafters}@{policy}{':k=2' * (policy == 'fixed')}"
     for policy in POLICIES
-    for drafters in ("ngram+recycling", "draft:model=DRAFT")
+    for drafters in ("ngram+recycling", "draft:model=DRAFT")[POLICIES[policy].stops_drafts :]
 ]
 SLOW = [
     case for case in itertools.product((*SPECS, *POLICY_SPECS), ("coupled", "rejection"), OPTIONS) if case not in FAST
@@ -165,6 +165,23 @@ def _without_unlikely(tree: DraftTree) -> DraftTree:
     pairs = zip(tree.tokens, tree.laws or (), strict=True)
     likely = [bool(law.probabilities(8)[token] > 0.25) for token, law in pairs]
     return tree.keep(np.arange(likely.index(False) if False in likely else len(likely)))
+
+
+@pytest.mark.parametrize("speculation", ["suffix:k=4", "recycling:k=6"])
+@pytest.mark.parametrize("rule", ["rejection", "recursive", "multi"])
+def test_a_seed_that_comes_again_is_a_new_draw(tiny: Tiny, speculation: str, rule: str) -> None:
+    """A drafter remembers what the seed gave before: the same noise must not judge it."""
+    llm = tiny.llm(speculation, rule=rule)
+    first, again = run(llm, {}, 768), run(llm, {}, 768)
+    assert again.law_p_value(exact_joint(tiny.plain, SamplingParams(max_tokens=9))) > FALSE_ALARM
+    both = np.stack([first.tokens[..., 0].ravel(), again.tokens[..., 0].ravel()], axis=1).reshape(1, -1, 1)
+    assert Runs(both, 0, 0).independence_p_value() > FALSE_ALARM
+
+
+def test_without_drafts_one_seed_is_one_text(tiny: Tiny) -> None:
+    llm = tiny.llm("none", rule="rejection")
+    first, again = run(llm, {}, 256), run(llm, {}, 256)
+    assert np.array_equal(first.tokens, again.tokens)
 
 
 def test_a_broken_coupled_rule_is_caught(tiny: Tiny) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from lossless.test_enumeration import EXACT
 from paceline.bench.laws import error_of, random_laws, sampled_chain
 from paceline.bench.spec import Question
 from paceline.bench.systems import base, registry, replays
+from paceline.bench.systems import context as context_module
 from paceline.bench.systems.base import Row, System, above, at_least, at_most, exactly, rows_of, suite
 from paceline.bench.systems.context import Context
 from paceline.bench.systems.measures import NoResidual, law_p_value
@@ -108,7 +113,27 @@ def _interrupted(_context: Context) -> Iterator[Row]:
 
 good = suite(_good)
 bad = suite(_raises, _empty, _good)
+
+
+def _terminated(_context: Context) -> Iterator[Row]:
+    """A service manager ends the run."""
+    yield exactly("first", 1, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    yield exactly("never", 1, 1)
+
+
+def _printed(_context: Context) -> Iterator[Row]:
+    """What stands in the file and on stdout while a later system runs."""
+    found = json.loads(Path(os.environ["SYSTEMS_JSON"]).read_text())
+    yield exactly("rows in the file", len(found["rows"]), 1)
+    yield exactly("complete", str(found["complete"]), "False")
+    yield exactly("printed", str("measured" in Path(os.environ["SYSTEMS_OUT"]).read_text()), "True")
+
+
 stopped = suite(_interrupted)
+terminated = suite(_terminated)
+printed = suite(_printed)
 HERE = __name__
 
 
@@ -134,6 +159,8 @@ def catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
         System(2, "broken", "T", "2401.00002", "g", f"{HERE}:bad"),
         System(3, "later", "T", "2401.00003", "g"),
         System(4, "stopped", "T", "2401.00004", "g", f"{HERE}:stopped"),
+        System(5, "terminated", "T", "2401.00005", "g", f"{HERE}:terminated"),
+        System(6, "printed", "T", "2401.00006", "g", f"{HERE}:printed"),
     )
     monkeypatch.setattr(registry, "SYSTEMS", systems)
     monkeypatch.setattr(registry, "BY_NAME", {s.name: s for s in systems})
@@ -157,12 +184,50 @@ def test_table_json_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("catalogue")
-def test_an_interrupt_keeps_the_finished_rows(tmp_path: Path) -> None:
-    path = tmp_path / "systems.json"
-    assert main(["bench", "systems", "fine", "stopped", "--json", str(path)]) == 130
+@pytest.mark.parametrize("ending", ["stopped", "terminated"])
+def test_an_interrupt_keeps_the_finished_rows(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, before = tmp_path / "systems.json", signal.getsignal(signal.SIGTERM)
+    assert main(["bench", "systems", "fine", ending, "--json", str(path)]) == 130
     found = json.loads(path.read_text())
     assert found["complete"] is False
     assert [row["test"] for row in found["rows"]] == ["speed", "first"]
+    out = capsys.readouterr().out
+    assert re.search(rf"fine +speed .*\n.*{ending} +first", out)
+    assert "Stopped early" in out
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_rows_are_printed_and_written_when_their_system_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "systems.json", tmp_path / "out"
+    monkeypatch.setenv("SYSTEMS_JSON", str(path))
+    monkeypatch.setenv("SYSTEMS_OUT", str(out))
+    with out.open("w") as file, contextlib.redirect_stdout(file):
+        assert main(["bench", "systems", "fine", "printed", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["complete"] is True
+    text = out.read_text()
+    assert text.count("threshold") == 1, "columns are named once"
+    assert re.search(r"printed +rows in the file +1 += 1 +yes", text)
+
+
+@pytest.mark.usefixtures("catalogue")
+def test_what_cannot_run_is_refused_before_the_first_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(context_module, "load_model", lambda *_, **__: fakes.make_loaded())
+    (tmp_path / "empty").mkdir()
+    path = tmp_path / "systems.json"
+    for draft, says in (("/nope", "no such"), (str(tmp_path / "empty"), "neither a draft"), ("builtin", "no built-in")):
+        assert main(["bench", "systems", "fine", "--draft", draft, "--json", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert says in printed.err
+        assert not printed.out
+    for words in ((), ("--list",)):
+        assert main(["bench", "systems", *words, "--json", str(tmp_path / "no" / "x.json")]) == 2
+        assert f"Make the folder {tmp_path / 'no'} first." in capsys.readouterr().err
+    assert not path.exists()
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 from paceline.cli import bench_spec, bench_systems, chat, demo, generate, options, profile, pull
 from paceline.cli.main import COMMANDS, main, parse_args
 from paceline.config import EngineConfig, SamplingParams
-from paceline.engine.builder import check_speculation
+from paceline.engine.speculation import check_speculation
 from paceline.errors import DownloadError, PromptTooLongError
 from paceline.outputs import Completion, Generation, GenerationStats, StreamChunk
 
@@ -443,6 +445,20 @@ def test_demo_ends_with_a_table(fake: FakeLLM, capsys: pytest.CaptureFixture[str
     assert off["dtype"] == on["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("command", [["demo"], ["bench", "spec", "fake"], ["bench", "load", "fake", "--users", "1"]])
+def test_a_tree_is_for_the_speculating_engines(fake: FakeLLM, command: list[str]) -> None:
+    """The baseline beside them drafts nothing, and would refuse it."""
+    with contextlib.suppress(Exception):  # the stand-in knows too little for all of them to end well
+        main([*command, "--speculation", "draft:model=x", "--tree", "cape"])
+    opened = [
+        call[1] for call in fake.calls if isinstance(call, tuple) and call[0] in ("fake", "smollm2-135m", "the weights")
+    ]
+    assert opened
+    for settings in opened:
+        assert ("tree" in settings) == (settings["speculation"] != "none")
+        assert settings["rule"] == "coupled"
+
+
 def test_demo_exits_1_when_a_text_differs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     engines = iter([FakeLLM(), FakeLLM((*WORDS[:3], " five"))])
     monkeypatch.setattr(options, "open_llm", lambda *_: next(engines))
@@ -474,8 +490,17 @@ def test_logprobs_need_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--json" in capsys.readouterr().err
 
 
-def test_every_drafter_has_a_colour_and_is_named_by_help() -> None:
-    from paceline.cli.options import DRAFTER_STYLES
+def test_every_drafter_has_a_colour_and_is_named_by_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that is new in the registry, without a line anywhere else."""
     from paceline.draft.registry import DRAFTERS
 
-    assert set(DRAFTER_STYLES) == set(DRAFTERS)
+    monkeypatch.setitem(DRAFTERS, "newest", DRAFTERS["ngram"])
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    out = capsys.readouterr().out
+    for name in DRAFTERS:
+        assert re.search(rf"drafters:[^()]*\b{name}\b", out), name
+        assert chat.drafter_style(name)
+    assert str(chat.legend("newest:k=4+ngram")).startswith("accepted draft tokens by drafter: newest ngram;")

@@ -12,6 +12,7 @@ from engine_tools import decoding
 from fakes import make_head, make_llm, make_loaded, save_heads
 from plan_tools import SimDrafter, World, cheap, cost_of
 
+from paceline.draft.registry import DRAFTERS
 from paceline.engine.draft_progress import DraftProgress
 from paceline.errors import CorruptFileError, ModelNotFoundError, SpeculationSpecError, UnsupportedModelError
 from paceline.plan.base import DrafterLimits
@@ -141,7 +142,8 @@ def test_damaged_and_missing_heads_are_named(tmp_path: Path) -> None:
             load_head(str(tmp_path), "acceptance")
 
 
-def test_a_head_for_another_hidden_size_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafter", [name for name, entry in DRAFTERS.items() if entry.has_model])
+def test_a_head_for_another_hidden_size_is_refused(drafter: str, tmp_path: Path) -> None:
     loaded = make_loaded()
     folder = tmp_path / "draft"
     loaded.model.save_pretrained(folder)
@@ -149,11 +151,12 @@ def test_a_head_for_another_hidden_size_is_refused(tmp_path: Path) -> None:
     size = int(loaded.config.hidden_size)
     for fits in (True, False):
         heads = save_heads(tmp_path / str(fits), size if fits else size + 8)
-        spec = f'draft:model="{folder}"@specdec++:head="{heads / "specdec++"}",h=0.9'
+        spec = f'{drafter}:model="{folder}"@specdec++:head="{heads / "specdec++"}",h=0.9'
         if fits:
             make_llm(make_loaded(), speculation=spec).close()
         else:
-            with pytest.raises(UnsupportedModelError, match=f"size {size + 8}, and those of drafter draft have {size}"):
+            words = f"size {size + 8}, and those of drafter {drafter} have {size}"
+            with pytest.raises(UnsupportedModelError, match=words):
                 make_llm(make_loaded(), speculation=spec)
 
 

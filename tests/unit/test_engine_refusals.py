@@ -76,6 +76,9 @@ def test_requests_that_are_refused(fields: dict[str, Any], field: str) -> None:
         ({"speculation": "ngram:k=4", "tree": "k-ary:k=2"}, "tree"),
         ({"speculation": "ngram:k=4", "tree": "k-ary:depth=2"}, "tree"),
         ({"rule": "multi", "tree": "rsd-s:width=3"}, "tree"),
+        ({"rule": "multi", "tree": "rsd-c:widths=2/2"}, "tree"),
+        ({"speculation": "none", "tree": "cape"}, "tree"),
+        ({"speculation": "auto", "tree": "cape"}, "tree"),
     ],
 )
 def test_options_that_are_refused(options: dict[str, Any], field: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from engine_tools import greedy, llm, prompt_of, reference
+from fakes import save_heads, with_head
 
 from paceline.config import EngineConfig
-from paceline.engine.builder import check_speculation
-from paceline.errors import SpeculationSpecError
+from paceline.engine.speculation import check_speculation
+from paceline.errors import ConfigError, SpeculationSpecError
+from paceline.plan.registry import POLICIES
 from paceline.plan.spec import AUTO_DRAFTERS, MAX_LENGTH, DrafterSpec, from_vllm_json, parse_speculation
 
 
@@ -172,3 +175,42 @@ def test_a_length_of_zero_never_drafts(spec: str) -> None:
     (found,) = engine.generate(prompt_of(20), greedy(12))
     assert found.token_ids == reference(prompt_of(20), 12)
     assert found.outputs[0].stats.draft_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("tree", "rules"),
+    [
+        ("rsd-s", "coupled, recursive"),
+        ("rsd-c:widths=2/2", "coupled, recursive"),
+        ("branching", "coupled, recursive, multi"),
+        ("cape", "coupled, recursive, multi"),
+    ],
+)
+def test_a_rule_for_chains_names_the_rules_that_take_the_tree(tree: str, rules: str) -> None:
+    """And each of these does take it."""
+    with pytest.raises(ConfigError, match=rf"one of the rules {rules} with the tree\.$"):
+        check_speculation(EngineConfig(speculation="draft:model=x", rule="rejection", tree=tree))
+    for rule in rules.split(", "):
+        check_speculation(EngineConfig(speculation="draft:model=x", rule=rule, tree=tree))
+
+
+def test_a_tree_that_nobody_would_grow_is_refused() -> None:
+    for speculation, way_out in (("none", r"write draft:model"), ("auto", r"add \+draft"), ("ngram", r"add \+draft")):
+        with pytest.raises(ConfigError, match=way_out):
+            check_speculation(EngineConfig(speculation=speculation, tree="cape"))
+        for tree in ("auto", "chain"):
+            check_speculation(EngineConfig(speculation=speculation, tree=tree))
+
+
+@pytest.mark.parametrize("policy", [name for name, entry in POLICIES.items() if entry.stops_drafts])
+def test_a_policy_that_could_do_nothing_is_refused(policy: str, tmp_path: Path) -> None:
+    """These policies are only asked during the drafts of a draft model whose length is not fixed."""
+    named = with_head(policy, save_heads(tmp_path, 8))
+    for spec in (f"ngram@{named}", f"ngram:k=3+recycling@{named}"):
+        with pytest.raises(SpeculationSpecError, match=r"has none.*draft:model=NAME@") as caught:
+            check_speculation(EngineConfig(speculation=spec))
+        assert caught.value.field == "speculation"
+    with pytest.raises(SpeculationSpecError, match="Write max=4 instead of k=4"):
+        check_speculation(EngineConfig(speculation=f"ngram+draft:model=x,k=4@{named}"))
+    for spec in (f"draft:model=x@{named}", f"ngram+draft:model=x,max=4@{named}", f"ouroboros:model=x@{named}"):
+        check_speculation(EngineConfig(speculation=spec))

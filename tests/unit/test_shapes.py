@@ -12,7 +12,7 @@ from shape_tools import paths_of, propose, random_rows, request_of, siblings_of,
 
 from paceline.draft.base import Proposal
 from paceline.draft.shapes.cape import CapeShape
-from paceline.draft.shapes.registry import SHAPES
+from paceline.draft.shapes.registry import SHAPES, create_shape, parse_tree
 from paceline.draft.shapes.sequoia import PRIOR
 from paceline.draft.shapes.stochastic_beam import conditioned
 from paceline.draft.tree import build
@@ -37,7 +37,7 @@ TREES = (
     "cape",
 )
 ORIGINS = {"coupled": None, "recursive": Origin.DISTINCT, "multi": Origin.INDEPENDENT}
-CASES = [case for case in itertools.product(TREES, ORIGINS) if case != ("rsd-s:width=3", "multi")]
+CASES = [case for case in itertools.product(TREES, ORIGINS) if not case[0].startswith("rsd") or case[1] != "multi"]
 CHOSEN = ("best-first:expand=2,width=4", "cape")
 
 
@@ -301,13 +301,43 @@ def test_impossible_settings(tree: str) -> None:
         tree_drafter(tree, Origin.DISTINCT, random_rows(0, 4), 4)
 
 
-def test_beams_refuse_independent_draws() -> None:
-    with pytest.raises(ConfigError, match="without replacement"):
-        tree_drafter("rsd-s:width=3", Origin.INDEPENDENT, random_rows(0, 4), 4)
+@pytest.mark.parametrize(
+    ("tree", "instead"), [("rsd-s:width=3", "recursive"), ("rsd-c:widths=2/3", r"branching:widths=2/3\.")]
+)
+def test_rsd_refuses_independent_draws(tree: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=f"without replacement.*{instead}"):
+        tree_drafter(tree, Origin.INDEPENDENT, random_rows(0, 4), 4)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "branching:widths=" + "/".join("9" * 400),
+        "branching:widths=257",
+        "rsd-c:widths=2/1000000",
+        "k-ary:k=0",
+        "k-ary:k=100000",
+        "rsd-s:width=257",
+        "best-first:width=100000",
+        "best-first:expand=257",
+    ],
+)
+def test_no_number_of_a_shape_is_larger_than_a_draft(tree: str) -> None:
+    with pytest.raises(ConfigError, match="from 1 to 256") as caught:
+        create_shape(parse_tree(tree), Origin.DISTINCT)
+    assert caught.value.field == "tree"
+    assert caught.value.fix
+
+
+def test_the_largest_numbers_are_drawn() -> None:
+    for tree in ("branching:widths=" + "/".join(["256"] * 256), "k-ary:k=256", "rsd-s:width=256"):
+        made = tree_drafter(tree, Origin.DISTINCT, random_rows(0, VOCAB), VOCAB)
+        assert 1.0 <= made.width <= 256.0
+        assert len(propose(made, request_of(0), 24, 4)) >= VOCAB
 
 
 @pytest.mark.parametrize(("rule", "origin"), [(RecursiveRule(), Origin.DISTINCT), (MultiRule(), Origin.INDEPENDENT)])
-@pytest.mark.parametrize("tree", [t for t in TREES if not t.startswith("rsd-s")])
+@pytest.mark.parametrize("tree", [t for t in TREES if not t.startswith("rsd")])
 def test_rules_take_what_shapes_claim(rule: AcceptanceRule, origin: Origin, tree: str) -> None:
     rows, target = random_rows(8, VOCAB), random_rows(9, VOCAB)
     for seed in range(20):

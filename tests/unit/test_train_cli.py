@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,10 @@ def test_draft_and_vocab(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("draft m --layers 2 --out FILE", "is, or lies below, a file"),
+        ("draft m --layers 2 --out FILE/run", "is, or lies below, a file"),
+        ("acceptance-head m --draft d --out FILE/run", "is, or lies below, a file"),
+        ("vocab m FILE --size 5 --out RUN/no/v.json", "Make the folder"),
         ("draft m", "--out"),
         ("draft m --out RUN --tokens none", "such as 500, 20k or 5M"),
         ("draft m --out RUN --layers 9", "layers: is 9, and the target has 3 layers"),
@@ -69,8 +74,10 @@ def test_draft_and_vocab(
 )
 @pytest.mark.usefixtures("target")
 def test_mistakes(words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("text")
+    places = {"RUN": tmp_path / "run", "FILE": tmp_path / "file"}
     try:
-        code = train(*words.replace("RUN", str(tmp_path / "run")).split())
+        code = train(*re.sub("RUN|FILE", lambda m: str(places[m[0]]), words).split())
     except SystemExit as exit_:
         code = int(exit_.code or 0)
     assert code == 2

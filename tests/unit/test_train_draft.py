@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fakes import make_loaded
+from fakes import make_llm, make_loaded
 
 from paceline.errors import ConfigError, CorruptFileError, ModelNotFoundError, UnsupportedModelError
 from paceline.model import draft_weights
@@ -208,7 +208,8 @@ def test_the_export_is_what_was_trained(target: LoadedModel, finished: Path) -> 
     assert draft.model.get_input_embeddings() is target.model.get_input_embeddings()
     assert draft.model.get_output_embeddings() is target.model.get_output_embeddings()
     manifest = json.loads((finished / "draft" / "draft.json").read_text())
-    size = sum((finished / "draft" / name).stat().st_size for name in manifest["files"])
+    assert {*manifest["files"]} == {p.name for p in (finished / "draft").iterdir()} - {"draft.json", "README.md"}
+    size = sum(p.stat().st_size for p in (finished / "draft").glob("*.safetensors"))
     assert manifest["parameters"] == sum(p.numel() for p in own_parameters(student).values())
     assert size < 2 * manifest["parameters"] + 4096
 
@@ -253,6 +254,41 @@ def test_a_damaged_draft_is_named(damage: str, target: LoadedModel, copied: Path
     with pytest.raises(CorruptFileError) as caught:
         load_draft(str(copied), target)
     assert caught.value.field == str(path)
+
+
+def test_a_changed_config_is_damage(target: LoadedModel, copied: Path) -> None:
+    """Another rope base is a config that can be read, and a draft that guesses nonsense."""
+    path = copied / "config.json"
+    changed = path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10.0')
+    assert changed != path.read_text()
+    path.write_text(changed)
+    with pytest.raises(CorruptFileError, match="SHA-256") as caught:
+        load_draft(str(copied), target)
+    assert caught.value.field == str(path)
+
+
+def test_every_file_of_a_shipped_draft_is_vouched_for() -> None:
+    for manifest in draft_weights._SHIPPED.glob("*/draft.json"):
+        folder = manifest.parent
+        files = draft_weights.read_manifest(folder)["files"]
+        assert {*files} == {p.name for p in folder.iterdir()} - {"draft.json", "README.md"}
+        for name, facts in files.items():
+            assert draft_weights.file_facts(folder / name) == facts
+
+
+def test_a_folder_that_is_no_draft_and_no_model(copied: Path, tmp_path: Path) -> None:
+    """What a draft without its manifest is: its config and weights look like a model's."""
+    (copied / "draft.json").unlink()
+    (tmp_path / "empty").mkdir()
+    for folder in (copied, tmp_path / "empty"):
+        with pytest.raises(
+            ModelNotFoundError, match=r"neither a draft \(it has no draft\.json\) nor a model.*train draft"
+        ):
+            make_llm(make_loaded(), speculation=f"draft:model={folder}")
+    whole = tmp_path / "whole"
+    make_loaded().model.save_pretrained(whole)
+    make_loaded().tokenizer.save_pretrained(whole)
+    draft_weights.check_is_draft_or_model(str(whole))
 
 
 def test_builtin_says_for_which_targets_one_ships(

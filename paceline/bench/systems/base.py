@@ -28,7 +28,7 @@ class Row:
     threshold: str
     """The bound as it is read: `>= 0.7`."""
     passed: bool | None
-    """None: there is no test yet."""
+    """None: there is no test yet, or what was measured does not decide."""
     note: str = ""
     """What else was measured, on how much, and the reason of a threshold that is not the catalogue's."""
     system: str = ""

@@ -111,21 +111,21 @@ class Chains:
         return np.array(lengths)
 
 
-def recorded(context: Context) -> Chains:
-    """Chains at temperature 1 on questions of all tasks, made once."""
-    found: Chains = context.once("chains", lambda: _record(context))
+def recorded(context: Context, temperature: float = 1.0) -> Chains:
+    """Chains on questions of all tasks, made once."""
+    found: Chains = context.once(("chains", temperature), lambda: _record(context, temperature))
     return found
 
 
-def _record(context: Context) -> Chains:
+def _record(context: Context, temperature: float) -> Chains:
     llm = context.llm(context.draft(f"k={LONGEST + 1}"), rule="rejection", tree="chain")
     stages, rule = llm.engine.stages, WatchedRejection()
     assert stages.policy is not None
     recorder = _Recorder(stages.policy)
     llm.engine.stages = replace(stages, policy=recorder)
-    context.say("Recording chains of the draft")
+    context.say(f"Recording chains of the draft at temperature {temperature:g}")
     try:
-        params = SamplingParams(temperature=1.0, max_tokens=context.few(160, 32), seed=5)
+        params = SamplingParams(temperature=temperature, max_tokens=context.few(160, 32), seed=5)
         count(with_rule(llm, rule), context.prompts(context.few(QUESTIONS, 6)), params)
     finally:
         llm.engine.stages = stages

@@ -18,8 +18,9 @@ from paceline.bench.systems.drafts import save_without_middle
 from paceline.config import SamplingParams
 from paceline.errors import InputError, RequestError
 from paceline.llm import LLM
-from paceline.model.draft_weights import BUILTIN, is_draft, load_draft, ships
+from paceline.model.draft_weights import BUILTIN, check_is_draft_or_model, is_draft, load_draft, ships
 from paceline.model.loader import LoadedModel, load_model
+from paceline.model.source import resolve_source
 from paceline.outputs import Generation
 
 MAX_MODEL_LEN = 1024
@@ -133,6 +134,19 @@ class Context:
             for prompt, tokens in zip(group, tokens_of(self.llm().generate(group, params)), strict=True):
                 self._plain[tuple(prompt), max_tokens, alone] = tokens
         return [self._plain[tuple(prompt), max_tokens, alone] for prompt in prompts]
+
+    def check_draft(self) -> None:
+        """Find out before the tests whether the draft model that was given can draft for the target.
+
+        Raises:
+            InputError: there is none of that name, or it is made for another target.
+        """
+        if self._draft is not None:
+            check_is_draft_or_model(self._draft)
+            if not is_draft(self._draft):
+                resolve_source(self._draft)
+            self.llm(self.draft("k=1"))
+            self.release()
 
     @cached_property
     def draft_model(self) -> str:

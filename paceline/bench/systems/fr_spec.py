@@ -28,6 +28,8 @@ SIZE = 12288
 LENGTH = 4
 EXACT = 1e-6
 _QUESTIONS, _TOKENS = (12, 4), (64, 24)
+_ANSWER = (256, 24)
+"""Tokens of an answer whose coverage is counted: most answers are whole then, and openings are not all that counts."""
 _TIMED = 25
 _FOREIGN = (
     "Écris trois phrases en français sur la mer.",
@@ -95,7 +97,8 @@ def _coverage(context: Context) -> Iterator[Row]:
     """How much of what the target says the subset holds; other languages draft worse and say the same."""
     kept = set(_head(cut_engine(context)).ids.tolist())
     tokens = context.few(*_TOKENS)
-    said = [t for output in context.greedy(context.prompts(context.few(*_QUESTIONS)), tokens) for t in output]
+    prompts = context.prompts(context.few(len(context.questions), _QUESTIONS[1]))
+    said = [t for output in context.greedy(prompts, context.few(*_ANSWER)) for t in output]
     share = float(np.mean([t in kept for t in said]))
     yield at_least("coverage of real outputs", share, 0.95, f"{len(said)} tokens the target said")
     prompts = [context.encode(text) for text in _FOREIGN]

@@ -29,6 +29,8 @@ from paceline.verify.recursive import RecursiveRule
 NODES, DEPTH = 30, 5
 CONSTANT, BEAMS = "rsd-c:widths=2/2/2/1", "rsd-s:width=6"
 """Both have 30 nodes on five levels."""
+REPEATING = "branching:widths=2/2/2/1"
+"""The tree of `CONSTANT`, whose siblings `multi` draws independently."""
 _VOCAB = 2 * TOP
 _LEVEL = 1e-3
 _LOOP_TOP = 8
@@ -95,8 +97,8 @@ def _loop(context: Context) -> Iterator[Row]:
 def _lengths(context: Context) -> Iterator[Row]:
     """Accepted length at 30 nodes, T=1: RSD-S, RSD-C, independent siblings."""
     beams, constant = Trial(BEAMS, "recursive", NODES, DEPTH), Trial(CONSTANT, "recursive", NODES, DEPTH)
-    independent = Trial(CONSTANT, "multi", NODES, DEPTH)
-    found = try_trees(context, (beams, constant, independent), context.few(96, 8), 1.0)
+    independent = Trial(REPEATING, "multi", NODES, DEPTH)
+    found = try_trees(context, (beams, constant, independent), context.few(400, 8), 1.0)
     yield no_shorter("RSD-S minus RSD-C, tokens a round", found[beams], found[constant])
     yield no_shorter("RSD-C minus independent siblings", found[constant], found[independent])
     yield no_shorter("RSD-S minus independent siblings", found[beams], found[independent])

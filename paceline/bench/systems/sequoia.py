@@ -15,7 +15,7 @@ from paceline.arrays import FloatArray
 from paceline.bench.systems.base import Row, at_least, at_most, suite
 from paceline.bench.systems.context import Context
 from paceline.bench.systems.measures import greedy_identity
-from paceline.bench.systems.trees import error_of_mean, lengths, no_shorter, ranks_of, try_trees
+from paceline.bench.systems.trees import decided, error_of_mean, lengths, no_shorter, ranks_of, try_trees
 from paceline.bench.tree_rounds import Trial
 from paceline.engine.positional import best_trees, positional
 from paceline.plan.sequoia import best_size
@@ -99,17 +99,14 @@ def _predicted(context: Context) -> Iterator[Row]:
         predicted = 1.0 + float(table.gain[table.level(DEPTH), nodes])
         off = abs(predicted - measured) / measured
         note = f"predicted {predicted:.2f}, measured {measured:.2f} over {len(ours)} contexts, T={_TEMPERATURE}"
-        bound = max(0.05, 3.0 * error / measured)
-        reason = "; 5% is less than three standard errors of so few" if bound > 0.05 else ""
-        yield at_most(f"{nodes} nodes: predicted length off by", off, round(bound, 3), note + reason)
+        yield decided(at_most(f"{nodes} nodes: predicted length off by", off, 0.05, note), error / measured)
         rivals = {tree: found[Trial(tree, "recursive", nodes, DEPTH)] for tree in _RIVALS}
         best = max(rivals, key=lambda tree: float(lengths(rivals[tree]).mean()))
         yield no_shorter(f"{nodes} nodes: tokens a round over the best of chain and k-ary", ours, rivals[best], best)
         gaps.append(lengths(ours) - lengths(rivals[best]))
     grown = gaps[-1] - gaps[0]
-    bound = -round(3.0 * error_of_mean(grown), 3)
     note = f"over the best rival: {gaps[0].mean():+.2f} at {SIZES[0]} nodes, {gaps[-1].mean():+.2f} at {SIZES[-1]}"
-    yield at_least("growth of the gain with the size", float(grown.mean()), bound, note)
+    yield decided(at_least("growth of the gain with the size", float(grown.mean()), 0.0, note), error_of_mean(grown))
 
 
 def _robust(context: Context) -> Iterator[Row]:

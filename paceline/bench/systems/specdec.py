@@ -99,7 +99,8 @@ def _discarded(context: Context) -> Iterator[Row]:
         head = trained(context, HeadSettings(), shuffled=shuffled).head
         assert isinstance(head, AcceptanceHead)
         size = chains.accepted.size
-        best = max(1, min(LONGEST - 2, round(float(chains.accepted.mean()) + 1)))
+        # The head is first asked after the second token: at a mean of two there is nothing to decide.
+        best = max(3, min(LONGEST - 2, round(float(chains.accepted.mean()) + 1)))
         lengths = matched(chains, lambda h, head=head: lambda: AcceptanceStop(head, h, 1), float(best))  # type: ignore[misc]
         mean = float(lengths.mean())
         ours, fixed = 1.0 - chains.rate(lengths), 1.0 - chains.constant(mean)

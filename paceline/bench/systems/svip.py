@@ -21,33 +21,51 @@ _C = 0.15
 _POINTS = 0.05
 
 
+TEMPERATURES = (0.0, 1.0)
+"""Greedy, as Spec-Bench runs, and sampled, where whether a token is accepted is a matter of luck besides."""
+
+
 def _correlation(context: Context) -> Iterator[Row]:
     """Entropy against acceptance."""
-    chains = recorded(context)
+    for temperature in TEMPERATURES:
+        yield _correlated(recorded(context, temperature), f"temperature {temperature:g}")
+
+
+def _correlated(chains: Chains, where: str) -> Row:
     tested = np.arange(LONGEST) <= chains.accepted[:, None]  # up to the first rejection
     accepted = np.arange(LONGEST) < chains.accepted[:, None]
     found = float(np.corrcoef(chains.entropy[tested], accepted[tested])[0, 1])
-    yield at_most("corr(entropy, acceptance)", found, -0.3, f"{int(tested.sum())} tested tokens at temperature 1")
+    return at_most(f"corr(entropy, acceptance), {where}", found, -0.3, f"{int(tested.sum())} tested tokens")
 
 
 def _equal_length(context: Context) -> Iterator[Row]:
     """Accepted per drafted token at equal mean drafted length."""
-    chains = recorded(context)
+    for temperature in TEMPERATURES:
+        yield from _compared(recorded(context, temperature), f"temperature {temperature:g}")
+
+
+def _compared(chains: Chains, where: str) -> Iterator[Row]:
     mean = float(chains.heuristic().mean())
     lengths = matched(chains, lambda h: lambda: EntropyStop(h, _C), mean)
     rate, mean = chains.rate(lengths), float(lengths.mean())
     note = f"{rate:.3f} at {mean:.2f} drafted tokens a step, {len(lengths)} steps"
     constant, heuristic = chains.constant(mean), chains.rate(chains.heuristic())
-    yield at_least("accepted/drafted above constant K", rate - constant, _POINTS, f"{note}; constant {constant:.3f}")
-    yield at_least("accepted/drafted above the heuristic", rate - heuristic, _POINTS, f"{note}; it {heuristic:.3f}")
+    yield at_least(
+        f"accepted/drafted above constant K, {where}", rate - constant, _POINTS, f"{note}; constant {constant:.3f}"
+    )
+    yield at_least(
+        f"accepted/drafted above the heuristic, {where}", rate - heuristic, _POINTS, f"{note}; it {heuristic:.3f}"
+    )
     shuffled = _shuffled(chains)
     lengths = matched(shuffled, lambda h: lambda: EntropyStop(h, _C), mean)
     gain = shuffled.rate(lengths) - shuffled.constant(float(lengths.mean()))
-    yield at_most("control: shuffled entropies above constant K", gain, 0.02, f"at {lengths.mean():.2f} drafted tokens")
+    yield at_most(
+        f"control: shuffled entropies above constant K, {where}", gain, 0.02, f"at {lengths.mean():.2f} drafted tokens"
+    )
     published = chains.lengths(lambda: EntropyStop(0.3, _C))
     gain = chains.rate(published) - chains.constant(float(published.mean()))
     note = f"h = 0.3: {published.mean():.2f} drafted tokens a step, {chains.rate(published):.3f} of them accepted"
-    yield at_least("accepted/drafted above constant K, as published", gain, _POINTS, note)
+    yield at_least(f"accepted/drafted above constant K, as published, {where}", gain, _POINTS, note)
 
 
 def _shuffled(chains: Chains) -> Chains:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from paceline.draft.guess import Guesser
 from paceline.errors import SpeculationSpecError
+
+if TYPE_CHECKING:
+    from paceline.draft.guess import Guesser
 
 GUESSERS = {"ngram": "paceline.draft.guessers.ngram:NgramGuesser"}
 

@@ -15,8 +15,11 @@ import numpy as np
 from paceline.arrays import FloatArray
 from paceline.draft.scored import Scored
 from paceline.engine.draft_tree import Origin
+from paceline.errors import ConfigError
 
 _BUCKETS = 10
+MOST = 256
+"""No draft has more nodes (`plan.spec.MAX_LENGTH`), so no shape needs a larger number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,18 @@ class TreeShape(Protocol):
             acceptance: estimates by confidence class, if there are any.  # [num_keys]
         """
         ...
+
+
+def check_counts(what: str, counts: Sequence[int], example: str) -> None:
+    """Refuse a number that no tree can have.
+
+    Raises:
+        ConfigError: one is below 1 or above `MOST`.
+    """
+    for count in counts:
+        if not 1 <= count <= MOST:
+            shown = str(count) if abs(count) < 10**9 else "a huge number"
+            raise ConfigError(f"{what} is {shown}, not from 1 to {MOST}.", field="tree", fix=f"Write {example}.")
 
 
 PRIOR: FloatArray = np.concatenate([np.linspace(0.2, 0.95, _BUCKETS), np.linspace(0.02, 0.5, _BUCKETS)])

@@ -14,9 +14,8 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 from paceline.draft.scored import Scored
-from paceline.draft.shapes.base import PRIOR, Child, Growth, children_of
+from paceline.draft.shapes.base import PRIOR, Child, Growth, check_counts, children_of
 from paceline.engine.draft_tree import Origin
-from paceline.errors import ConfigError
 
 
 class BestFirstShape:
@@ -28,7 +27,7 @@ class BestFirstShape:
         width: children considered of every node.
 
     Raises:
-        ConfigError: a number is not positive.
+        ConfigError: a number is impossible.
     """
 
     name = "best-first"
@@ -37,8 +36,8 @@ class BestFirstShape:
     by_rank = False
 
     def __init__(self, origin: Origin, expand: int = 3, width: int = 6) -> None:  # noqa: ARG002
-        if expand < 1 or width < 1:
-            raise ConfigError("needs positive numbers.", field="tree", fix="Write best-first:expand=3,width=6.")
+        check_counts("expand", [expand], "best-first:expand=3,width=6")
+        check_counts("the width", [width], "best-first:expand=3,width=6")
         self._expand = expand
         self._children = width
         self.width = float(expand)

@@ -1,8 +1,8 @@
 """Fixed branching: every node of a level has the same number of children.
 
 How siblings are drawn follows the rule. Under `recursive` they are drawn without replacement by Gumbel-top-k: that is
-RSD-C (2402.14160). Under `multi` they are drawn independently (SpecInfer 2305.09781). Under `coupled` they are the
-tokens that the position's noise ranks first.
+RSD-C (2402.14160), which as `rsd-c` takes no rule that draws otherwise. Under `multi` they are drawn independently
+(SpecInfer 2305.09781). Under `coupled` they are the tokens that the position's noise ranks first.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 from paceline.arrays import FloatArray
 from paceline.draft.scored import Scored
-from paceline.draft.shapes.base import PRIOR, Child, Growth, children_of
+from paceline.draft.shapes.base import MOST, PRIOR, Child, Growth, check_counts, children_of
 from paceline.engine.draft_tree import Origin
 from paceline.errors import ConfigError
+
+_WIDTHS = (3, 2, 1)
 
 
 class BranchingShape:
@@ -24,16 +26,16 @@ class BranchingShape:
         widths: children of a node, level by level; levels beyond have one.
 
     Raises:
-        ConfigError: a width is not positive.
+        ConfigError: there are no or too many levels, or a width is impossible.
     """
 
     name = "branching"
     prior = PRIOR
     by_rank = False
 
-    def __init__(self, origin: Origin, widths: Sequence[int] = (3, 2, 1)) -> None:
-        if not widths or min(widths) < 1:
-            raise ConfigError("the widths of a tree must be at least 1.", field="tree", fix="Write widths=3/2/1.")
+    def __init__(self, origin: Origin, widths: Sequence[int] = _WIDTHS) -> None:
+        check_counts("the number of levels", [len(widths)], f"{self.name}:widths=3/2/1")
+        check_counts("a width", widths, f"{self.name}:widths=3/2/1")
         self.origin = origin
         self._widths = tuple(widths)
         sizes = level_sizes(self._widths)
@@ -50,20 +52,47 @@ class KaryShape(BranchingShape):
     Args:
         origin: how siblings are drawn.
         k: children of a node.
+
+    Raises:
+        ConfigError: an impossible number of children.
     """
 
     name = "k-ary"
 
     def __init__(self, origin: Origin, k: int = 2) -> None:
+        check_counts("k", [k], "k-ary:k=2")
         super().__init__(origin, (k,) * 12)
-        self.width = float(k * k)
+        self.width = float(min(k * k, MOST))
+
+
+class ConstantBranchingShape(BranchingShape):
+    """RSD-C: branching whose siblings never repeat.
+
+    Args:
+        origin: how siblings are drawn; independent draws are no RSD.
+        widths: children of a node, level by level; levels beyond have one.
+
+    Raises:
+        ConfigError: the rule wants independent siblings, or the widths are impossible.
+    """
+
+    name = "rsd-c"
+
+    def __init__(self, origin: Origin, widths: Sequence[int] = _WIDTHS) -> None:
+        super().__init__(origin, widths)
+        if origin is Origin.INDEPENDENT:
+            raise ConfigError(
+                "rsd-c draws without replacement, and rule multi is exact only for draws with replacement.",
+                field="tree",
+                fix=f"Use rule recursive or coupled with it, or tree branching:widths={'/'.join(map(str, widths))}.",
+            )
 
 
 def level_sizes(widths: Sequence[int]) -> list[int]:
-    """Nodes of every level."""
+    """Nodes of every level, as far as a draft can hold them."""
     sizes, size = [], 1
     for width in widths:
-        size *= width
+        size = min(size * width, MOST)
         sizes.append(size)
     return sizes
 

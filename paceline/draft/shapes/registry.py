@@ -35,7 +35,7 @@ SHAPES: dict[str, ShapeEntry] = {
     "branching": ShapeEntry("paceline.draft.shapes.branching:BranchingShape", {"widths": _widths}),
     "k-ary": ShapeEntry("paceline.draft.shapes.branching:KaryShape", {"k": int}),
     "best-first": ShapeEntry("paceline.draft.shapes.best_first:BestFirstShape", {"expand": int, "width": int}),
-    "rsd-c": ShapeEntry("paceline.draft.shapes.branching:BranchingShape", {"widths": _widths}),
+    "rsd-c": ShapeEntry("paceline.draft.shapes.branching:ConstantBranchingShape", {"widths": _widths}),
     "rsd-s": ShapeEntry("paceline.draft.shapes.stochastic_beam:StochasticBeamShape", {"width": int}),
     "sequoia": ShapeEntry("paceline.draft.shapes.sequoia:SequoiaShape"),
     "cape": ShapeEntry("paceline.draft.shapes.cape:CapeShape"),

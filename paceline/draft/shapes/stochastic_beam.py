@@ -14,7 +14,7 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 from paceline.draft.scored import Scored
-from paceline.draft.shapes.base import PRIOR, Child, Growth, confidence_key
+from paceline.draft.shapes.base import PRIOR, Child, Growth, check_counts, confidence_key
 from paceline.engine.draft_tree import Origin
 from paceline.errors import ConfigError
 
@@ -27,7 +27,7 @@ class StochasticBeamShape:
         width: beams of every level.
 
     Raises:
-        ConfigError: the rule wants independent siblings, or the width is not positive.
+        ConfigError: the rule wants independent siblings, or the width is impossible.
     """
 
     name = "rsd-s"
@@ -41,8 +41,7 @@ class StochasticBeamShape:
                 field="tree",
                 fix="Use --rule recursive or --rule coupled with it.",
             )
-        if width < 1:
-            raise ConfigError("needs a width of at least 1.", field="tree", fix="Write rsd-s:width=4.")
+        check_counts("the width", [width], "rsd-s:width=4")
         self.origin = origin
         self.width = float(width)
         self._beams = width
