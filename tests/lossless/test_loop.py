@@ -220,5 +220,5 @@ def test_dropping_sampled_tokens_is_caught(tiny: Tiny, monkeypatch: pytest.Monke
 
 def test_samples_that_share_noise_are_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that forgets the sample index gives n times the same text; the independence test must fail."""
-    monkeypatch.setattr("paceline.verify.accept.Noise", lambda seed, _sample_index: Noise(seed, 0))
+    monkeypatch.setattr("paceline.engine.request.Noise", lambda seed, _sample_index: Noise(seed, 0))
     assert run(tiny.llm("none"), {}, FEWER).independence_p_value() < FALSE_ALARM

@@ -93,8 +93,10 @@ def lengths(rounds: Sequence[Round]) -> FloatArray:
 
 
 def error_of_mean(values: FloatArray) -> float:
-    """Standard error of a mean over contexts."""
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("inf")
+    """Standard error of a mean over contexts, of whole tokens: as if at least one context had differed by one."""
+    if len(values) < 2:
+        return float("inf")
+    return max(float(values.std(ddof=1) / np.sqrt(len(values))), 1.0 / len(values))
 
 
 def decided(row: Row, error: float) -> Row:
