@@ -207,8 +207,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> value added to its logit."""
     seed: int | None = None
-    """Same seed, same text under the rule `coupled`; under the others a seed that comes again on one engine is a new draw.
-    None takes fresh entropy, echoed in the result."""
+    """Same seed, same text under the rule `coupled`; under the others a seed that comes again on one engine is a new
+    draw. None takes fresh entropy, echoed in the result."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
     stop_token_ids: tuple[int, ...] = ()
