@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import needs_tried_kernels
 from lossless.real import QUESTIONS, chat_prompts, divergence, logits_in_chunks, real_llm, shape_noise, top_gap
 
 from paceline import LLM, SamplingParams
 from paceline.model.loader import LoadedModel
 from paceline.outputs import Generation
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, needs_tried_kernels]
 LICENCE = Path(__file__).resolve().parents[2] / "LICENSE"
 PARAMS = SamplingParams(temperature=0.0, max_tokens=64)
 ROUNDING = 0.75

@@ -8,19 +8,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from fakes import needs_tried_kernels
 from gguf.constants import GGMLQuantizationType as Kind
 
 from paceline.model.gguf_blocks import BLOCK, BLOCK_BYTES, dequantise, take_apart
 from paceline.model.quantized_embedding import QuantizedEmbedding
-from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available, round_rows
+from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, round_rows
 
 FOUR_BITS = ("Q4_0", "Q4_1")
 SHAPES = [(32, 16), (64, 107), (96, 48), (576, 192), (1536, 80), (64, 1)]  # in, out
 ROWS = (0, 1, 2, 3, 4, 5, 8, 16, 33, 64)
-needs_kernels = pytest.mark.skipif(
-    not kernels_available(), reason="this CPU has no kernels for 4-bit and 8-bit weights"
-)
-pytestmark = needs_kernels
+pytestmark = needs_tried_kernels
 
 
 def stored(shape: tuple[int, int], kind: str, seed: int = 0) -> torch.Tensor:
@@ -118,10 +116,6 @@ def test_every_shape_and_row_count(kind: str, shape: tuple[int, int], dtype: tor
         assert ((got.float() - expected).abs() <= 2**-7 * (expected.abs() + 0.02 * scale + 1)).all()
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX2",
-    reason="known of PyTorch's AVX2 kernels; others were not looked at",
-)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", [*FOUR_BITS, "int8"])
 def test_a_row_does_not_depend_on_the_number_of_rows(kind: str, threads: int) -> None:

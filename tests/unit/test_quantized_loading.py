@@ -14,6 +14,7 @@ import gguf_files as tiny
 import numpy as np
 import pytest
 import torch
+from fakes import needs_tried_kernels
 from gguf.constants import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,9 +27,9 @@ from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import PackedLinear
 from paceline.model.quantized_embedding import QuantizedEmbedding
-from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available
+from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 
-pytestmark = pytest.mark.skipif(not kernels_available(), reason="this CPU has no kernels for 4-bit and 8-bit weights")
+pytestmark = needs_tried_kernels
 IDS = torch.tensor([[3, 40, 7, 99, 2, 15, 60, 60]])
 KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
 
