@@ -391,8 +391,8 @@ def test_every_text_is_json_that_fits(plain: list[Any]) -> None:
 
 
 def _shown(text: str) -> str:
-    """The text with a character for each that the grammar counted: xgrammar lets bytes pass that spell a surrogate, and
-    decoding shows a mark for each of the three."""
+    """The text with a character for each that the grammar counted: xgrammar lets bytes pass that spell a surrogate
+    (ED B9 B6 here), and decoding shows a mark for each of the three."""
     return text.replace(3 * "\ufffd", "\ufffd")
 
 
