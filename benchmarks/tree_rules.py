@@ -1,6 +1,7 @@
 """Mean accepted length of tree shapes under the acceptance rules: what it costs that `coupled` keeps the text.
 
     python benchmarks/tree_rules.py --contexts 256 --json benchmarks/cpu/tree_rules.json
+    python benchmarks/tree_rules.py --contexts 5008 --draft builtin --processes 8      a thread each
 
 Under `coupled` the text is the same with and without drafts; `recursive` and `multi` weigh the draft's laws, accept
 more of it, and their text depends on it. Every round drafts one tree and walks it, at contexts along the target's own
@@ -20,8 +21,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +60,22 @@ _ANSWER = 256
 def main() -> None:
     """Run and print."""
     args = _arguments()
-    torch.set_num_threads(1)
-    loaded = load_model(args.model, dtype=args.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        draft = args.draft or save_without(args.model, args.skip, folder)
-        settings = {"speculation": "none", "max_model_len": _MAX_MODEL_LEN, "kv_cache_memory": _KV_BYTES}
-        drafting = load_draft(draft, loaded) if is_draft(draft) else load_model(draft, dtype=args.dtype)
-        target, drafting = LLM(loaded, **settings), LLM(drafting, **settings)
-    host = host_info(loaded.precision, torch.device("cpu"))
     about = args.draft or f"{args.model} without layers {args.skip}"
-    print(f"{host}\ntarget {args.model}, draft {about}, {args.contexts} contexts\n")
-    results: dict[str, Any] = {}
-    for temperature in args.temperatures.split(","):
-        for result in measure(target, drafting, float(temperature), args):
-            results[temperature] = result
-            if args.json:  # after every few contexts, so that a run may be ended at any time
-                found = {"host": host, "target": args.model, "draft": about, "results": list(results.values())}
-                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
-        show(results[temperature])
+    with tempfile.TemporaryDirectory() as folder:
+        args.draft = args.draft or save_without(args.model, args.skip, folder)
+        context = multiprocessing.get_context("spawn")
+        index = context.Value("i", 0)
+        with ProcessPoolExecutor(args.processes, context, _start, (args, index)) as pool:
+            host: dict[str, Any] = pool.submit(_host).result()
+            print(f"{host}\ntarget {args.model}, draft {about}, {args.contexts} contexts\n", flush=True)
+            results: dict[str, Any] = {}
+            for temperature in args.temperatures.split(","):
+                for result in measure(pool, float(temperature), args):
+                    results[temperature] = result
+                    if args.json:  # after every few contexts, so that a run may be ended at any time
+                        found = {"host": host, "target": args.model, "draft": about, "results": list(results.values())}
+                        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+                show(results[temperature])
 
 
 def _arguments() -> argparse.Namespace:
@@ -83,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip", default="12-14", help="layers that the draft lacks, without --draft")
     parser.add_argument("--contexts", type=int, default=256, help="per temperature")
     parser.add_argument("--learn", type=int, default=96, help="contexts at which Sequoia's vectors are learned")
+    parser.add_argument("--processes", type=int, default=1, help="each with a thread and models of its own (2 GB)")
     parser.add_argument("--together", type=int, default=16, help="contexts of one forward; 32 take 6 GB")
     parser.add_argument("--temperatures", default="1,0.6")
     parser.add_argument("--dtype", default="bfloat16")
@@ -92,7 +95,7 @@ def _arguments() -> argparse.Namespace:
 
 def save_without(model: str, skip: str, folder: str) -> str:
     """Save a model that lacks the layers `first-last`."""
-    loaded = load_model(model, dtype="float32")
+    loaded = load_model(model, dtype="float32", device="cpu")
     first, last = map(int, skip.split("-"))
     made = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=torch.float32)
     kept = [layer for i, layer in enumerate(made.model.layers) if not first <= i <= last]
@@ -121,22 +124,84 @@ def trials() -> list[Trial]:
     return found + [Trial(tree, "recursive", nodes, DEPTH) for nodes in BUDGETS for tree in GROWING]
 
 
-def measure(target: LLM, draft: LLM, temperature: float, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+class Worker:
+    """Makes rounds in a process of its own, at contexts that no other worker has.
+
+    Args:
+        args: as given.
+        index: which worker: it begins at another question, with noise of its own.
+    """
+
+    def __init__(self, args: argparse.Namespace, index: int) -> None:
+        torch.set_num_threads(1)
+        self.args, self.index = args, index
+        loaded = load_model(args.model, dtype=args.dtype, device="cpu")
+        settings = {"speculation": "none", "max_model_len": _MAX_MODEL_LEN, "kv_cache_memory": _KV_BYTES}
+        whole = not is_draft(args.draft)
+        draft = load_model(args.draft, dtype=args.dtype, device="cpu") if whole else load_draft(args.draft, loaded)
+        self.host = host_info(loaded.precision, torch.device("cpu"))
+        target = LLM(loaded, **settings)
+        self.rounds = TreeRounds(target, LLM(draft, **settings))
+        self.questions = prompts(target)
+        self.temperature: float | None = None
+
+    def begin(self, temperature: float) -> None:
+        """Learn Sequoia's vectors, the same in every worker, and begin at this worker's own questions."""
+        self.temperature = temperature
+        params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
+        learn = itertools.count(round(temperature * 1000) << 32)
+        together = self.args.together
+        learners = Walkers(self.rounds, self.questions[1::2], params, together)
+        trial = Trial("sequoia", "", max(BUDGETS), DEPTH)
+        self.vectors = learn_ranks(self.rounds, learners, RULES, trial, learn, self.args.learn)
+        self.seeds = itertools.count((round(temperature * 1000) << 32) + ((self.index + 1) << 24))
+        mine = deque(self.questions[::2])
+        mine.rotate(-self.index * together)
+        self.walkers = Walkers(self.rounds, list(mine), params, together)
+
+    def run(self, temperature: float) -> tuple[Mapping[str, FloatArray], dict[Trial, list[Round]]]:
+        """All trials at the next few contexts."""
+        if temperature != self.temperature:
+            self.begin(temperature)
+        found: dict[Trial, list[Round]] = {}
+        for trial in trials():
+            vector = self.vectors[trial.rule] if trial.tree == "sequoia" else None
+            seeds = list(itertools.islice(self.seeds, self.args.together))
+            found[trial] = self.rounds.run(self.walkers.requests, trial, seeds, vector)
+        self.walkers.move_on(found[trials()[1]])
+        return self.vectors, found
+
+
+_worker: Worker | None = None
+"""Of this process."""
+
+
+def _start(args: argparse.Namespace, index: Any) -> None:
+    global _worker
+    with index.get_lock():
+        mine, index.value = index.value, index.value + 1
+    _worker = Worker(args, mine)
+
+
+def _host() -> dict[str, Any]:
+    assert _worker is not None
+    return _worker.host
+
+
+def _run(temperature: float) -> tuple[Mapping[str, FloatArray], dict[Trial, list[Round]]]:
+    assert _worker is not None
+    return _worker.run(temperature)
+
+
+def measure(pool: Executor, temperature: float, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All trials at one temperature; what is known so far after every few contexts."""
-    rounds = TreeRounds(target, draft)
-    params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
-    seeds = itertools.count(round(temperature * 1000) << 32)
-    questions = prompts(target)
-    learners = Walkers(rounds, questions[1::2], params, args.together)
-    vectors = learn_ranks(rounds, learners, RULES, Trial("sequoia", "", max(BUDGETS), DEPTH), seeds, args.learn)
-    walkers = Walkers(rounds, questions[::2], params, args.together)
     found: dict[Trial, list[Round]] = {trial: [] for trial in trials()}
-    for done in range(0, args.contexts, args.together):
-        for trial, made in found.items():
-            vector = vectors[trial.rule] if trial.tree == "sequoia" else None
-            made += rounds.run(walkers.requests, trial, list(itertools.islice(seeds, args.together)), vector)
-        walkers.move_on(found[trials()[1]][-args.together :])
-        print(f"temperature {temperature}: {done + args.together} contexts", flush=True)
+    groups = -(-args.contexts // args.together)
+    for done, task in enumerate(as_completed([pool.submit(_run, temperature) for _ in range(groups)]), start=1):
+        vectors, made = task.result()
+        for trial, rounds in made.items():
+            found[trial] += rounds
+        print(f"temperature {temperature}: {done * args.together} contexts", flush=True)
         yield summary(temperature, vectors, found)
 
 

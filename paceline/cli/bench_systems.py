@@ -24,6 +24,7 @@ examples:
   paceline bench systems chen token-recycling
   paceline bench systems --quick --json systems.json
   paceline bench systems smartspec bass --traces recorded/
+  paceline bench systems decoding-sd --drafts runs/study
 
 Without a name all systems run; those that are not in yet say so. Models run in fp32, so that outputs can be compared
 token for token. Exit code 1: a test failed. Rows are printed and written whenever a system is done; Ctrl-C and SIGTERM
@@ -51,6 +52,7 @@ def register(kinds: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer prompts and tokens")
     parser.add_argument("--draft", metavar="DRAFT", help="draft model (default: the target without some layers)")
+    parser.add_argument("--drafts", metavar="DIR", help="folder of trained drafts, for decoding-sd to study")
     parser.add_argument(
         "--traces",
         metavar="DIR",
@@ -73,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
     traces = None if args.traces is None else Path(args.traces)
     if traces is not None and not traces.is_dir():
         raise ConfigError(f"{traces} is no folder.", field="--traces")
+    drafts = [] if args.drafts is None else _drafts_in(Path(args.drafts))
     report = Report(args, systems)
     stopped: KeyboardInterrupt | None = None
-    context = Context(args.model, quick=args.quick, draft=args.draft, traces=traces)
+    context = Context(args.model, quick=args.quick, draft=args.draft, drafts=drafts, traces=traces)
     with _terminated_like_interrupted():
         try:
             context.check_draft()
@@ -88,6 +91,16 @@ def run(args: argparse.Namespace) -> int:
     if stopped is not None:
         raise stopped
     return 1 if any(row.passed is False for row in report.rows) else 0
+
+
+def _drafts_in(folder: Path) -> list[Path]:
+    """Every draft below, or in a run folder of `paceline train draft` below."""
+    from paceline.model.draft_weights import MANIFEST
+
+    found = sorted(manifest.parent for manifest in folder.glob(f"**/{MANIFEST}"))
+    if not found:
+        raise ConfigError(f"{folder} holds no draft.", field="--drafts", fix="Train some: see examples/train_study.sh.")
+    return found
 
 
 @contextlib.contextmanager

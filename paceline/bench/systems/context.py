@@ -35,6 +35,7 @@ class Context:
         model: built-in name, folder, GGUF file or hub id, or a loaded model.
         quick: fewer prompts and tokens.
         draft: draft model, as in `draft:model=DRAFT`; None makes one by dropping layers.
+        drafts: folders of draft models to be studied, as `paceline train draft` exports them.
         traces: folder of recorded outputs (`*.jsonl`) and cost tables (`*.json`) for replays; None takes the examples.
         say: told what is being done.
     """
@@ -45,12 +46,14 @@ class Context:
         *,
         quick: bool = False,
         draft: str | None = None,
+        drafts: Sequence[Path] = (),
         traces: Path | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._model = model
         self.quick = quick
         self._draft = draft
+        self.drafts = drafts
         self._traces = traces
         self.say = say
         self._llms: dict[tuple[Any, ...], LLM] = {}

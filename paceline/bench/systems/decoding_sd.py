@@ -1,10 +1,12 @@
 """Decoding Speculative Decoding (2402.01528): which draft model is the best? A study of depth, width and accuracy.
 
-The drafts: the target itself, the target without 4 and without 8 of its middle layers, the trained draft, the same with
-a cut head (FR-Spec), and the same with MLPs so wide that it has the parameters of the target without 8 layers (the new
-neurons write nothing, so that only its width differs). For every draft: time of a draft forward, accepted length,
-tokens per second, and how often it names the next token of the questions' own text, which is accuracy on text that the
-target did not write.
+The drafts: those in the folder given with `--drafts`, best trained alike (`examples/train_study.sh`) and two of them of
+the same size but other depth. Without: the target itself, the target without 4 and without 8 of its middle layers, the
+trained draft, and the same with MLPs so wide that it has the parameters of the target without 8 layers (the new neurons
+write nothing, so that only its width differs). In both cases the trained draft with a cut head (FR-Spec), too.
+
+For every draft: time of a draft forward, accepted length, tokens per second, and how often it names the next token of
+the questions' own text, which is accuracy on text that the target did not write.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from paceline.train.student import make_student
 
 LENGTH = 4
 _QUESTIONS, _TOKENS = (6, 3), (48, 16)
+_SAME_SIZE = 0.02
 _TARGETS = (1.0, 4.0, 16.0, 64.0)
 """How many times the time of this target a larger one's forward takes."""
 
@@ -40,6 +43,7 @@ class Studied:
     """One draft model and what was measured with it."""
 
     parameters: int
+    layers: int
     accuracy: float
     draft_seconds: list[float] = field(default_factory=list)
     """Of one forward, by step."""
@@ -76,14 +80,27 @@ def _claims(context: Context) -> Iterator[Row]:
     accuracy = rank_correlation([s.accuracy for s in studied.values()], rate)
     note = f"rank correlation of tokens/s with -latency {latency:.2f}, with accuracy {accuracy:.2f}"
     yield above("latency decides more than accuracy", latency - accuracy, 0.0, note)
-    wide, deep = studied["wide"], studied["without 8"]
-    note = f"{wide.parameters / 1e6:.1f}M against {deep.parameters / 1e6:.1f}M parameters"
-    yield at_most("latency of wide over deep", wide.draft_time / deep.draft_time, 1.0 - 1e-9, note)
+    yield _wide_over_deep(list(studied.values()))
     best = [max(studied.values(), key=lambda s, t=times: s.predicted(t)).parameters for times in _TARGETS]  # type: ignore[misc]
     grows = sorted(best) == best and best[-1] > best[0]
     note = f"by the formula, at {', '.join(f'{t:g}' for t in _TARGETS)} times this target's time"
     found = " ".join(f"{parameters / 1e6:.0f}M" for parameters in best)
     yield Row("larger targets want larger drafts", found, "rising", grows, note)
+
+
+def _wide_over_deep(studied: Sequence[Studied]) -> Row:
+    """Two drafts of about the same size: the one with fewer layers is faster."""
+    test = "latency of wide over deep"
+    pairs = [(a, b) for a in studied for b in studied if a.layers < b.layers and _same(a.parameters, b.parameters)]
+    if not pairs:
+        return Row(test, None, "< 1", None, f"no two drafts whose sizes differ by under {_SAME_SIZE:.0%}")
+    wide, deep = max(pairs, key=lambda pair: pair[1].layers / pair[0].layers)
+    note = f"{wide.parameters / 1e6:.1f}M in {wide.layers} against {deep.parameters / 1e6:.1f}M in {deep.layers} layers"
+    return at_most(test, wide.draft_time / deep.draft_time, 1.0 - 1e-9, note)
+
+
+def _same(a: int, b: int) -> bool:
+    return abs(a - b) < _SAME_SIZE * b
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -101,12 +118,16 @@ def _table(studied: Mapping[str, Studied]) -> str:
 
 
 def _study(context: Context, folder: Path) -> dict[str, Studied]:
-    """Make the drafts, and let all of them answer the same questions in turns."""
-    studied = _make(context, folder)
-    llms = {name: context.llm(f'draft:model="{folder / name}",k={LENGTH}', tree="chain") for name in studied}
-    ranking = load_draft(context.draft_model, context.loaded).path / RANKING
-    llms["cut"] = context.llm(f'draft:model="{folder / "trained"}",vocab="{ranking}",k={LENGTH}', tree="chain")
-    studied["cut"] = Studied(studied["trained"].parameters, studied["trained"].accuracy)
+    """Make or take the drafts, and let all of them answer the same questions in turns."""
+    target = load_model(str(context.loaded.path), dtype="float32")  # the shared one is packed, which hides its layers
+    trained = load_draft(context.draft_model, target)
+    texts = [torch.tensor([context.encode(q.turns[0])[:256]]) for q in context.questions[: context.few(12, 4)]]
+    folders = {_name(at): at for at in context.drafts or _make(context, folder, target, trained)}
+    studied = {name: _studied(load_draft(str(at), target), texts) for name, at in folders.items()}
+    llms = {name: context.llm(f'draft:model="{at}",k={LENGTH}', tree="chain") for name, at in folders.items()}
+    cut = f'draft:model="{context.draft_model}",vocab="{trained.path / RANKING}",k={LENGTH}'
+    llms["cut"] = context.llm(cut, tree="chain")
+    studied["cut"] = _studied(trained, texts)
     params = SamplingParams(temperature=0.0, max_tokens=context.few(*_TOKENS))
     prompts = context.prompts(context.few(*_QUESTIONS))
     for llm in llms.values():
@@ -141,12 +162,9 @@ def _measure(llm: LLM, prompt: Sequence[int], params: SamplingParams, into: Stud
         engine.collect = collect  # type: ignore[method-assign]
 
 
-def _make(context: Context, folder: Path) -> dict[str, Studied]:
+def _make(context: Context, folder: Path, target: LoadedModel, trained: LoadedModel) -> list[Path]:
     """Save the drafts, each as its own layers only."""
-    target = load_model(str(context.loaded.path), dtype="float32")  # the shared one is packed, which hides its layers
-    count = int(target.config.num_hidden_layers)
-    trained = load_draft(context.draft_model, target)
-    own = int(trained.config.num_hidden_layers)
+    count, own = int(target.config.num_hidden_layers), int(trained.config.num_hidden_layers)
     deep = _without(count, 8)
     wide = _matching_width(target, len(deep), own)
     wanted: dict[str, tuple[LoadedModel, tuple[int, ...], int | None]] = {
@@ -156,16 +174,24 @@ def _make(context: Context, folder: Path) -> dict[str, Studied]:
         "trained": (trained, tuple(range(own)), None),
         "wide": (trained, tuple(range(own)), wide),
     }
-    made: dict[str, Studied] = {}
-    texts = [torch.tensor([context.encode(q.turns[0])[:256]]) for q in context.questions[: context.few(12, 4)]]
     for name, (source, layers, intermediate) in wanted.items():
         context.say(f"Making draft {name}")
         student = make_student(source, layers, intermediate=intermediate)
         how = Provenance("bench systems decoding-sd", layers, intermediate, _NO_TEXT, {}, _NO_FIGURES, [], "")
         export_draft(folder / name, target, student, how)
-        parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        made[name] = Studied(parameters, _accuracy(student, texts))
-    return made
+    return [folder / name for name in wanted]
+
+
+def _name(folder: Path) -> str:
+    """What to call a draft: `RUN/draft` by its run."""
+    return folder.parent.name if folder.name == "draft" else folder.name
+
+
+def _studied(draft: LoadedModel, texts: Sequence[torch.Tensor]) -> Studied:
+    layers = int(draft.config.num_hidden_layers)
+    student = make_student(draft, tuple(range(layers)))  # which runs without an engine
+    parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return Studied(parameters, layers, _accuracy(student, texts))
 
 
 _NO_TEXT: dict[str, Any] = {"documents": 0, "tokens": 0, "own_tokens": 0, "heldout_documents": 0, "settings": {}}

@@ -55,7 +55,8 @@ def try_trees(
     for trial, shape in (shapes or {}).items():
         rounds.use(trial, shape)
     params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
-    walkers = Walkers(rounds, context.prompts(12)[::2], params, min(_TOGETHER, contexts))
+    prompts = context.prompts(len(context.questions))[::2]
+    walkers = Walkers(rounds, prompts, params, min(_TOGETHER, contexts))
     seeds = itertools.count(_SEEDS + round(temperature * 1000))
     found: dict[Trial, list[Round]] = {trial: [] for trial in trials}
     count = len(walkers.requests)
@@ -78,10 +79,11 @@ def ranks_of(
         context.say(f"Acceptance by sibling rank at temperature {temperature:g}")
         rounds = tree_rounds(context)
         params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
-        walkers = Walkers(rounds, context.prompts(12)[1::2], params, context.few(_TOGETHER, 2))
+        prompts = context.prompts(len(context.questions))[1::2]
+        walkers = Walkers(rounds, prompts, params, context.few(_TOGETHER, 2))
         trial = Trial("sequoia", "", nodes, depth)
         seeds = itertools.count(2 * _SEEDS + round(temperature * 1000))
-        return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(6 * _TOGETHER, 4))
+        return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(24 * _TOGETHER, 4))
 
     found: dict[str, FloatArray] = context.once(("ranks", tuple(rules), temperature, nodes, depth), learn)
     return found
