@@ -83,7 +83,7 @@ def ranks_of(
         walkers = Walkers(rounds, prompts, params, context.few(_TOGETHER, 2))
         trial = Trial("sequoia", "", nodes, depth)
         seeds = itertools.count(2 * _SEEDS + round(temperature * 1000))
-        return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(24 * _TOGETHER, 4))
+        return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(64 * _TOGETHER, 4))
 
     found: dict[str, FloatArray] = context.once(("ranks", tuple(rules), temperature, nodes, depth), learn)
     return found
