@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -20,11 +19,6 @@ from paceline.model import attention as _attention  # noqa: F401  registers the 
 from paceline.model.loader import LoadedModel
 from paceline.plan.heads import AcceptanceHead, DecisionHead, Head, save_head
 from paceline.plan.registry import POLICIES
-
-needs_tried_kernels = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX2",
-    reason="PyTorch's 4-bit and 8-bit kernels have been tried with AVX2 only",
-)
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,

@@ -16,7 +16,7 @@ from torch import nn
 
 from paceline.model.loader import LoadedModel
 from paceline.model.packed_linear import PackedLinear
-from paceline.model.quantized_linear import QuantizedLinear
+from paceline.model.tiled_linear import TiledLinear
 
 _REPEATS = 5
 _SECONDS = 0.7
@@ -63,7 +63,7 @@ class Roofline:
 def measure_roofline(loaded: LoadedModel) -> Roofline:
     """Measure the machine, in a few seconds, with the threads that PyTorch uses now."""
     weights = active_weights(loaded.model, loaded.config)
-    quantized = [m for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
+    quantized = [m for m in loaded.model.modules() if isinstance(m, TiledLinear)]
     kept = sum(m.in_features * m.out_features for m in quantized)
     size = (weights - kept) * loaded.dtype.itemsize + sum(m.num_bytes for m in quantized)
     return Roofline(
@@ -88,7 +88,7 @@ def active_weights(model: nn.Module, config: Any) -> int:
         if isinstance(module, nn.Embedding):
             continue
         count = sum(p.numel() for p in module.parameters(recurse=False))
-        if isinstance(module, PackedLinear | QuantizedLinear):
+        if isinstance(module, PackedLinear | TiledLinear):
             count += module.in_features * module.out_features
         total += count * (share if ".experts" in name else 1.0)
     return round(total)

@@ -48,6 +48,11 @@ class PagedKV:
         """Size of the pool in bytes."""
         return self._data.nbytes
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """The pool itself.  # [layers, 2, slots, kv_heads, head_dim]"""
+        return self._slots
+
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens.  slots [n], keys and values [n, kv_heads, head_dim]"""
         key_pool, value_pool = self._layer_slots[layer]

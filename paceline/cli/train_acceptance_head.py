@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from paceline.bench.host import host_info
-        from paceline.model.loader import load_model
+        from paceline.model.loader import dequantised, load_model
         from paceline.train.acceptance_head import open_draft, train_acceptance_head
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device)
+        target = load_model(args.model, dtype=dequantised(args.dtype, args.device), device=args.device)
         draft = open_draft(args.draft, target)
     host = host_info(target.precision, target.device)
     with _events(console) as events:

@@ -112,12 +112,12 @@ def run(args: argparse.Namespace) -> int:
         import torch
 
         from paceline.bench.host import host_info
-        from paceline.model.loader import load_model
+        from paceline.model.loader import dequantised, load_model
         from paceline.train.draft import train_draft
 
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
-        target = load_model(args.model, dtype=args.dtype, device=args.device)
+        target = load_model(args.model, dtype=dequantised(args.dtype, args.device), device=args.device)
     settings = _settings(args, on_cpu=target.device.type == "cpu")
     host = host_info(target.precision, target.device)
     hardware = f"{host['device']}, {host['dtype']}, torch {torch.__version__}"

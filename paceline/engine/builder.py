@@ -28,6 +28,7 @@ from paceline.model.head_subset import cut_head, read_ranking
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
 from paceline.model.runner import ModelRunner, kv_shape
+from paceline.model.tiled_linear import tile_linears
 from paceline.plan.base import DrafterLimits, LengthPolicy
 from paceline.plan.cost_model import CostModel
 from paceline.plan.registry import create_policy
@@ -98,6 +99,8 @@ def _runner(
 ) -> tuple[ModelRunner, BlockManager, int]:
     """A runner with a cache that holds at least one full sequence; returns the length that fits, too."""
     if loaded.device.type == "cpu":
+        if loaded.kept_kinds:
+            tile_linears(loaded.model)
         pack_linears(loaded.model)
     shape = kv_shape(loaded.config, loaded.dtype)
     per_block = shape.bytes_per_token * config.block_size

@@ -114,6 +114,7 @@ def load_draft(name: str, target: LoadedModel) -> LoadedModel:
         device=target.device,
         eos_token_ids=target.eos_token_ids,
         max_model_len=target.max_model_len,
+        kept_kinds=target.kept_kinds,  # those of the head that both share
     )
 
 

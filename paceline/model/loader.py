@@ -65,8 +65,8 @@ def load_model(
 
     Args:
         source: see `resolve_source`.
-        dtype: of activations and weights, see `resolve_dtype`. With `file` on a CPU, matrices of a GGUF file in a type
-            that `quantized_loading.py` knows stay in it: that model is the target then. Without any it is `auto`.
+        dtype: of activations and weights, see `resolve_dtype`. With `auto` or `file` on a CPU, matrices of a GGUF file
+            in a type that `quantized_loading.py` knows stay in it, and activations are fp32: that model is the target.
         device: see `resolve_device`.
         trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
 
@@ -77,15 +77,16 @@ def load_model(
         CorruptFileError: a file is damaged, or weights are missing or of another shape than the config says.
     """
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
     path = resolve_source(source)
+    keep = dtype in ("auto", "file") and torch_device.type == "cpu" and can_keep(path)
+    torch_dtype = torch.float32 if keep else resolve_dtype(dtype, torch_device)
     check_folder(path, trust_remote_code=trust_remote_code)
     trust_remote_code = trust_remote_code and file_with_code(path) is not None
     with quiet():
         config = _read_config(path, trust_remote_code)
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
-        if dtype == "file" and torch_device.type == "cpu" and can_keep(path):
+        if keep:
             model, kept_kinds = _keep_weights(path, config, torch_dtype)
         else:
             model, kept_kinds = _read_weights(path, config, torch_dtype, trust_remote_code), ()
@@ -123,8 +124,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it, else float32; so are `file`'s
-    activations.
+    """`float32`, `bfloat16`, or `auto` (and `file`): bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         ConfigError: another word.
@@ -134,6 +134,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise ConfigError(f"is {dtype!r}; take auto, float32, bfloat16 or file.", field="dtype")
     return _DTYPES[dtype]
+
+
+def dequantised(dtype: str, device: str) -> str:
+    """What to load instead of `auto` where weights are trained or taken apart: a type that has gradients."""
+    return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
 
 
 def _computes_bf16(device: torch.device) -> bool:

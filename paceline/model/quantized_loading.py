@@ -1,11 +1,6 @@
 """Build a `transformers` model whose matrices stay in the blocks of the GGUF file that they came from.
 
-4-bit matrices run as they are (`Int4Linear`). Q8_0 has a scale for every 32 weights, which the int8 operator lacks,
-so its matrices get the nearest weights with one scale a row (`Int8Linear`), and the log says how far off those are. The
-int4 operator could hold Q8_0 as it is (16 times a level -8..7 plus a level 0..15, inputs given twice), but takes 1.7
-times as long (12.8 ms against 7.5 for one row of SmolLM2's head, 34.7 against 24.3 for 8 rows), to save a mean KL
-divergence from the fp32 model of 0.0016, about as much as activations in bf16 cost anyway (300 positions). An embedding
-in Q8_0 stays exact, which matters more: requantised, it would double the rms error of the logits.
+They run as they are (`TiledLinear`): same levels, scales and minimums, in fp32.
 
 Peak memory is the model plus one matrix: both files are mapped, and the dequantised one is read only for what has no
 blocks (norms, biases, matrices of other types).
@@ -14,6 +9,7 @@ blocks (norms, biases, matrices of other types).
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +17,23 @@ import torch
 
 from paceline.errors import CorruptFileError, UnsupportedModelError
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT, KEPT_KINDS
-from paceline.model.gguf_blocks import BLOCK, BLOCK_BYTES, columns, dequantise, take_apart
+from paceline.model.gguf_blocks import BLOCK, BLOCK_BYTES, take_apart
 from paceline.model.quantized_embedding import QuantizedEmbedding
-from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear, kernels_available, round_rows
+from paceline.model.tiled_linear import tile_blocks
 
 logger = logging.getLogger(__name__)
 _WEIGHTS = "model.safetensors"
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
-_ROWS = 2048
-"""Rows of a Q8_0 matrix that are worked on at a time."""
 
 
 def can_keep(folder: Path) -> bool:
-    """Whether a checkpoint folder has matrices in a GGUF file's blocks and this CPU multiplies with them.
-
-    Says so in the log if it is the CPU that cannot.
-    """
+    """Whether a checkpoint folder has matrices in a GGUF file's blocks and there is what multiplies with them."""
     if not (folder / BLOCKS_FILE).is_file():
         return False
-    if kernels_available():
+    if find_spec("numba") is not None:
         return True
-    logger.warning(
-        "this CPU (%s) has no fast kernels for 4-bit and 8-bit weights: those of %s are dequantised",
-        torch.backends.cpu.get_cpu_capability(),
-        folder.name,
-    )
+    logger.warning("Numba is not installed: 4-bit and 8-bit weights of %s are dequantised", folder.name)
     return False
 
 
@@ -71,13 +58,11 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
     rest = _rest(folder / _WEIGHTS, kinds, dtype)
     if _EMBEDDING in kinds:
         model.set_input_embeddings(QuantizedEmbedding(_stored(path, _EMBEDDING), kinds[_EMBEDDING], dtype))
-    errors: dict[str, float] = {}
     for name in _matrices(model, kinds):
         place = _HEAD if name == _EMBEDDING else name.removesuffix(".weight")
         bias = _bias(model.get_submodule(place), f"{place}.bias", rest, folder / _WEIGHTS)
-        model.set_submodule(place, _linear(_stored(path, name), kinds[name], bias, dtype, errors, place))
+        model.set_submodule(place, tile_blocks(take_apart(_stored(path, name), kinds[name]), bias, dtype))
     _fill(model, rest, folder / _WEIGHTS)
-    _report(errors)
     return model, tuple(sorted(set(kinds.values())))
 
 
@@ -155,25 +140,6 @@ def _bias(linear: Any, name: str, rest: dict[str, torch.Tensor], path: Path) -> 
     return bias
 
 
-def _linear(
-    rows: torch.Tensor, kind: str, bias: torch.Tensor | None, dtype: torch.dtype, errors: dict[str, float], place: str
-) -> QuantizedLinear:
-    """The layer over stored rows; notes the error of one whose weights had to change."""
-    if kind != "Q8_0":
-        return Int4Linear(take_apart(rows, kind), bias, dtype)
-    levels = torch.empty(len(rows), columns(rows.shape[1], kind), dtype=torch.int8)
-    scales = torch.empty(len(rows), dtype=torch.bfloat16)
-    changed = whole = 0.0
-    for start in range(0, len(rows), _ROWS):
-        part = slice(start, start + _ROWS)
-        weight = dequantise(rows[part], kind)
-        levels[part], scales[part] = round_rows(weight)
-        changed += float((levels[part].float() * scales[part, None].float() - weight).square().sum())
-        whole += float(weight.square().sum())
-    errors[place] = (changed / whole) ** 0.5 if whole else 0.0
-    return Int8Linear(levels, scales, bias, dtype)
-
-
 def _fill(model: Any, rest: dict[str, torch.Tensor], path: Path) -> None:
     """Put the other weights in their places: each must have one, and every place must be filled then."""
     try:
@@ -187,14 +153,3 @@ def _fill(model: Any, rest: dict[str, torch.Tensor], path: Path) -> None:
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise CorruptFileError(f"lacks the tensor {empty[0]!r}.", field=str(path))
-
-
-def _report(errors: dict[str, float]) -> None:
-    if errors:
-        name, worst = max(errors.items(), key=lambda item: item[1])
-        logger.info(
-            "Q8_0 runs with one int8 scale a row (%d matrices); rms error of the product at most %.2f%% (%s)",
-            len(errors),
-            100 * worst,
-            "logits" if name == _HEAD else name,
-        )

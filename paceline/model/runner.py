@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ import torch
 from paceline.arrays import BoolArray, IntArray
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
 from paceline.model.attention import AttentionMetadata, SequenceAttention
+from paceline.model.tiled_linear import TiledLinear
+
+if TYPE_CHECKING:
+    from paceline.model.native.decoder import NativeDecoder
 
 _NO_TAIL = np.empty(0, dtype=np.int64)
 
@@ -57,6 +62,7 @@ class ModelRunner:
         self.model = model
         self.kv = kv
         self.device = device
+        self._native = _native(model, kv, device)
         self.last_seconds = 0.0
         """Wall time of the last forward."""
         self.num_forwards = 0
@@ -80,6 +86,10 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, batch: ForwardBatch, *, hidden: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         started = time.perf_counter()
+        if self._native is not None:
+            found = self._native.run(batch)
+            self._count(batch, started)
+            return found if hidden else (found[0], None)
         rows = batch.logit_rows or [0]
         output = self.model(
             input_ids=self._tensor([t for s in batch.sequences for t in s.token_ids])[None],
@@ -92,10 +102,13 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0, : len(batch.logit_rows)]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._count(batch, started)
+        return logits, output.hidden_states[-1][0, self._tensor(rows)] if hidden else None
+
+    def _count(self, batch: ForwardBatch, started: float) -> None:
         self.last_seconds = time.perf_counter() - started
         self.num_forwards += 1
         self.num_tokens += batch.num_tokens
-        return logits, output.hidden_states[-1][0, self._tensor(rows)] if hidden else None
 
     def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
         slots: list[IntArray] = []
@@ -116,6 +129,17 @@ class ModelRunner:
 
     def _tensor(self, values: Sequence[int] | IntArray) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _native(model: torch.nn.Module, kv: PagedKV, device: torch.device) -> NativeDecoder | None:
+    """The native forward, where there is one for this model."""
+    if device.type != "cpu" or kv.shape.dtype is not torch.float32:
+        return None
+    if not any(isinstance(module, TiledLinear) for module in model.modules()):
+        return None
+    from paceline.model.native.decoder import NativeDecoder, runs_natively
+
+    return NativeDecoder(model, kv) if runs_natively(model) else None
 
 
 def kv_shape(config: object, dtype: torch.dtype) -> KVShape:

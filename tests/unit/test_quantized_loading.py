@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import gguf_files as tiny
 import numpy as np
 import pytest
 import torch
-from fakes import needs_tried_kernels
 from gguf.constants import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -22,14 +20,13 @@ from safetensors.torch import save_file
 from paceline import LLM, SamplingParams
 from paceline.bench import roofline
 from paceline.errors import CorruptFileError, PacelineError, UnsupportedModelError
-from paceline.model import loader
+from paceline.model import loader, quantized_loading
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import PackedLinear
 from paceline.model.quantized_embedding import QuantizedEmbedding
-from paceline.model.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
+from paceline.model.tiled_linear import TiledLinear
 
-pytestmark = needs_tried_kernels
 IDS = torch.tensor([[3, 40, 7, 99, 2, 15, 60, 60]])
 KEPT = (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0)
 
@@ -50,7 +47,7 @@ def made(tmp_path: Path, kind: Kind, arch: str = "llama", tied: bool = False, **
 def plain(loaded: LoadedModel, reference: Any) -> Any:
     """The reference with the weights that the loaded model really multiplies with."""
     for name, module in loaded.model.named_modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, TiledLinear):
             weight = torch.nn.Parameter(module.dequantise(), requires_grad=False)
             reference.get_submodule(name).weight = weight  # a tied head is parted from its embedding here
     return reference
@@ -63,19 +60,19 @@ def engine_logits(loaded: LoadedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", "file"])
 @pytest.mark.parametrize("kind", KEPT)
 def test_the_files_precision_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, dtype: torch.dtype, arch: str, tied: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, dtype: str, arch: str, tied: bool
 ) -> None:
-    monkeypatch.setattr(loader, "resolve_dtype", lambda *_: dtype)  # as on a CPU with bf16, and without
+    monkeypatch.setattr(loader, "resolve_dtype", lambda *_: torch.bfloat16)  # activations are fp32 on every CPU
     path, reference = made(tmp_path, kind, arch, tied)
-    loaded = load_model(str(path), dtype="file", device="cpu")
+    loaded = load_model(str(path), dtype=dtype, device="cpu")
     assert loaded.kept_kinds == (kind.name,)
-    assert loaded.model.dtype == loaded.dtype == dtype
-    assert loaded.precision == f"{kind.name} in {str(dtype)[6:]}"
-    layers = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Linear | QuantizedLinear)]
-    assert {type(layer) for layer in layers} == {Int8Linear if kind is Kind.Q8_0 else Int4Linear}
+    assert loaded.model.dtype == loaded.dtype == torch.float32
+    assert loaded.precision == f"{kind.name} in float32"
+    layers = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Linear | TiledLinear)]
+    assert {getattr(layer, "kind", None) for layer in layers} == {"Q8" if kind is Kind.Q8_0 else "Q4"}
     assert len(layers) == 2 * 7 + 1
     embedding = loaded.model.get_input_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
@@ -83,7 +80,7 @@ def test_the_files_precision_is_kept(
     with torch.inference_mode():
         expected = plain(loaded, reference)(IDS).logits
     error = (engine_logits(loaded) - expected).norm() / expected.norm()
-    assert error < (0.02 if dtype is torch.float32 else 0.04)  # bf16 before every product, or everywhere
+    assert error < 1e-5
 
 
 @pytest.mark.parametrize("kind", [*KEPT, Kind.F16, Kind.F32])
@@ -97,11 +94,6 @@ def test_a_named_dtype_dequantises(tmp_path: Path, kind: Kind, dtype: str) -> No
     assert all(type(m) is torch.nn.Linear for m in loaded.model.modules() if hasattr(m, "in_features"))
     for name, weight in reference.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], weight.to(loaded.dtype)), name
-
-
-def test_auto_dequantises(tmp_path: Path) -> None:
-    path, _ = made(tmp_path, Kind.Q4_1)
-    assert load_model(str(path), device="cpu").kept_kinds == ()
 
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.F32, Kind.Q5_0])
@@ -127,7 +119,7 @@ def test_matrices_of_other_types_are_dequantised(tmp_path: Path, monkeypatch: py
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     with torch.inference_mode():
         expected = plain(loaded, reference)(IDS).logits
-    assert (engine_logits(loaded) - expected).norm() < 0.02 * expected.norm()
+    assert (engine_logits(loaded) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -159,20 +151,11 @@ def test_the_roofline_counts_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert 4.5 / 8 < found.bytes_per_weight < 0.75 < expected.bytes_per_weight == 4  # 4 bits and scales; norms
 
 
-def test_the_log_says_how_far_q8_0_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path, _ = made(tmp_path, Kind.Q8_0)
-    with caplog.at_level(logging.INFO, logger="paceline"):
-        load_model(str(path), dtype="file", device="cpu")
-    line = next(r.getMessage() for r in caplog.records if "Q8_0" in r.getMessage())
-    assert "15 matrices" in line
-    assert 0.1 < float(line.split("at most ")[1].split("%")[0]) < 2.0
-
-
-def test_a_cpu_without_the_kernels_dequantises_and_says_so(
+def test_without_numba_it_dequantises_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, _ = made(tmp_path, Kind.Q4_1)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(quantized_loading, "find_spec", lambda _: None)
     loaded = load_model(str(path), dtype="file", device="cpu")
     assert loaded.kept_kinds == ()
     assert [r.levelname for r in caplog.records] == ["WARNING"]

@@ -21,6 +21,8 @@ from paceline.draft.shapes.base import TreeShape
 
 _ANSWER = 64
 _TOGETHER = 8
+_LONGEST = 384
+_KV_BYTES = 768 << 20
 _SEEDS = 1 << 40
 _SLACK = 0.02
 """Share of its length by which a tree may fall behind and count as no shorter: equal ones would never be decided."""
@@ -29,7 +31,12 @@ Rounds = Mapping[Trial, Sequence[Round]]
 
 def tree_rounds(context: Context) -> TreeRounds:
     """Rounds of the target and the draft model, for one system."""
-    return TreeRounds(context.llm(), context.draft_llm)
+    return TreeRounds(context.llm(kv_cache_memory=_KV_BYTES), context.draft_llm)
+
+
+def _prompts(context: Context) -> list[list[int]]:
+    """All questions that leave room for the rows that are kept at a context."""
+    return [prompt for prompt in context.prompts(len(context.questions)) if len(prompt) <= _LONGEST]
 
 
 def try_trees(
@@ -55,8 +62,7 @@ def try_trees(
     for trial, shape in (shapes or {}).items():
         rounds.use(trial, shape)
     params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
-    prompts = context.prompts(len(context.questions))[::2]
-    walkers = Walkers(rounds, prompts, params, min(_TOGETHER, contexts))
+    walkers = Walkers(rounds, _prompts(context)[::2], params, min(_TOGETHER, contexts))
     seeds = itertools.count(_SEEDS + round(temperature * 1000))
     found: dict[Trial, list[Round]] = {trial: [] for trial in trials}
     count = len(walkers.requests)
@@ -79,8 +85,7 @@ def ranks_of(
         context.say(f"Acceptance by sibling rank at temperature {temperature:g}")
         rounds = tree_rounds(context)
         params = SamplingParams(temperature=temperature, max_tokens=_ANSWER, ignore_eos=True)
-        prompts = context.prompts(len(context.questions))[1::2]
-        walkers = Walkers(rounds, prompts, params, context.few(_TOGETHER, 2))
+        walkers = Walkers(rounds, _prompts(context)[1::2], params, context.few(_TOGETHER, 2))
         trial = Trial("sequoia", "", nodes, depth)
         seeds = itertools.count(2 * _SEEDS + round(temperature * 1000))
         return learn_ranks(rounds, walkers, rules, trial, seeds, context.few(64 * _TOGETHER, 4))

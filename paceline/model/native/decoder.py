@@ -1,0 +1,244 @@
+"""A `transformers` decoder of the Llama family as one native call a step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from paceline.model.head_subset import SubsetHead
+from paceline.model.native.forward import forward
+from paceline.model.native.matmul import BLOCK, product_address
+from paceline.model.native.team import team
+from paceline.model.tiled_linear import LANES, TiledLinear
+
+if TYPE_CHECKING:
+    from paceline.cache.paged_kv import PagedKV
+    from paceline.model.runner import ForwardBatch
+
+logger = logging.getLogger(__name__)
+_FAMILIES = ("llama", "qwen2", "qwen3")
+_ROTARY = ("default", "linear", "llama3")
+"""Kinds of rotary embedding whose angles do not depend on the length of the context."""
+_ROWS = 256
+"""Rows that pass through all layers together; more go one group after the other, which changes no bit."""
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def runs_natively(model: Any) -> bool:
+    """Whether `NativeDecoder` computes this model."""
+    config: Any = model.config
+    if getattr(config, "model_type", None) not in _FAMILIES or config.hidden_act != "silu":
+        return False
+    if getattr(config, "use_sliding_window", False) or config.rope_parameters.get("rope_type") not in _ROTARY:
+        return False
+    layers = [_linears(layer) for layer in model.model.layers]
+    head, _ = _head(model)
+    if not all(isinstance(module, TiledLinear) for linears in layers for module in (*linears, head)):
+        return False
+    size = layers[0][0].out_features // config.num_attention_heads
+    if size % LANES or size * config.num_attention_heads % BLOCK:
+        return False
+    biased = any(module.bias is not None for linears in layers for module in (*linears[3:], head))
+    return not biased and all(module.out_features % LANES == 0 for linears in layers for module in linears)
+
+
+def _linears(layer: Any) -> list[Any]:
+    """The seven matrices of a layer, as the native forward orders them."""
+    return [getattr(layer.self_attn, name) for name in _ATTENTION] + [getattr(layer.mlp, name) for name in _MLP]
+
+
+def _head(model: Any) -> tuple[Any, torch.Tensor | None]:
+    """The head, and the tokens it knows if those are not all."""
+    head = model.get_output_embeddings()
+    return (head.rows, head.ids) if isinstance(head, SubsetHead) else (head, None)
+
+
+class NativeDecoder:
+    """Runs a model's layers and head.
+
+    Args:
+        model: one that `runs_natively`; its weights are used where they lie.
+        kv: its cache, in fp32.
+    """
+
+    def __init__(self, model: Any, kv: PagedKV) -> None:
+        self._model, self._kv = model, kv
+        body, config = model.model, model.config
+        layers = list(body.layers)
+        self._head, self._known = _head(model)
+        self._vocab_size = config.vocab_size
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        with _announced():
+            self._weights = np.array([_row(linear) for linear in (*linears, self._head)], dtype=np.int64)
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self._norms = _stacked([norm.weight for norm in (*norms, body.norm)])
+        attention = [layer.self_attn for layer in layers]
+        own = hasattr(attention[0], "q_norm")
+        heads = [norm.weight for a in attention for norm in (a.q_norm, a.k_norm)] if own else []
+        self._head_norms = _stacked(heads, attention[0].head_dim)
+        self._queries = attention[0].q_proj.out_features
+        columns = self._queries + 2 * attention[0].k_proj.out_features
+        biased = [a for a in attention if a.q_proj.bias is not None]
+        self._biases = _stacked([torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]) for a in biased], columns)
+        self._width, self._inner, self._columns = config.hidden_size, config.intermediate_size, columns
+        self._epsilon, self._scale = np.float32(config.rms_norm_eps), np.float32(attention[0].scaling)
+        self._group = self._queries // attention[0].k_proj.out_features
+        self._cosines = self._sines = np.empty((0, 0), np.float32)
+        self._scratch: dict[str, np.ndarray] = {}
+
+    def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the batch and write its KV.
+
+        Returns:
+            Logits and last hidden states of `batch.logit_rows`.  # [R, V], [R, D]
+        """
+        rows = _Rows(batch, self._kv.block_size)
+        wanted = np.asarray(batch.logit_rows, dtype=np.int64)
+        logits = torch.empty(len(wanted), self._head.tiles * LANES)
+        hidden = torch.empty(len(wanted), self._width)
+        ids = torch.tensor([t for s in batch.sequences for t in s.token_ids], dtype=torch.int64)
+        self._rotary(int(rows.positions.max()) + 1)
+        for start in range(0, len(ids), _ROWS):
+            part = slice(start, min(start + _ROWS, len(ids)))
+            here = np.flatnonzero((wanted >= part.start) & (wanted < part.stop))
+            # What is wanted lies in the order of rows almost always; where not, it is put in its place.
+            found = self._part(rows, part, ids[part], wanted[here] - part.start)
+            at = torch.from_numpy(here)
+            logits[at], hidden[at] = found
+        return self._all_tokens(logits[:, : self._head.out_features]), hidden
+
+    def _all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        """Minus infinity for what a cut head does not know."""
+        if self._known is None:
+            return logits
+        every = torch.full((len(logits), self._vocab_size), float("-inf"))
+        return every.index_copy_(1, self._known, logits)
+
+    def _part(
+        self, rows: _Rows, part: slice, ids: torch.Tensor, wanted: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count, threads = len(ids), team().threads
+        widest = max(self._width, self._inner, self._queries)
+        h = self._model.get_input_embeddings()(ids).float().contiguous().numpy()
+        x = self._room("x", count * widest).reshape(count, widest)
+        sums = self._room("sums", count * widest // BLOCK)
+        qkv = self._room("qkv", count * self._columns).reshape(count, self._columns)
+        both = self._room("both", count * 2 * self._inner).reshape(count, 2 * self._inner)
+        scores = self._room("scores", threads * self._group * rows.longest).reshape(threads, self._group, rows.longest)
+        logits = torch.empty(len(wanted), self._head.tiles * LANES)
+        hidden = torch.empty(len(wanted), self._width)
+        visible_at = rows.visible_at[part.start : part.stop + 1]
+        arguments = (
+            self._weights,
+            self._norms,
+            self._head_norms,
+            self._biases,
+            self._cosines,
+            self._sines,
+            self._epsilon,
+            self._scale,
+            self._kv.slots.numpy(),
+            self._kv.block_size,
+            rows.slots[part],
+            rows.positions[part],
+            rows.seen[part],
+            rows.visible,
+            visible_at,
+            rows.blocks,
+            rows.blocks_at[part],
+            wanted,
+            h,
+            x,
+            sums,
+            qkv,
+            both,
+            scores,
+            np.empty((threads, rows.longest), np.int64),
+            hidden.numpy(),
+            logits.numpy(),
+        )
+        with _announced():
+            team().run(lambda thread, threads, place: forward(thread, threads, place, *arguments))
+        return logits, hidden
+
+    def _room(self, name: str, size: int) -> np.ndarray:
+        """Scratch that stays between steps."""
+        found = self._scratch.get(name)
+        if found is None or found.size < size:
+            found = self._scratch[name] = np.empty(size, np.float32)
+        return found[:size]
+
+    def _rotary(self, positions: int) -> None:
+        if positions <= len(self._cosines):
+            return
+        count = 1 << max(positions - 1, 255).bit_length()
+        with torch.inference_mode():
+            cosine, sine = self._model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(count)[None])
+        half = cosine.shape[-1] // 2
+        self._cosines, self._sines = (t[0, :, :half].float().contiguous().numpy() for t in (cosine, sine))
+
+
+@contextlib.contextmanager
+def _announced() -> Iterator[None]:
+    """Say what takes so long if this is the first time on this machine."""
+    timer = threading.Timer(1.5, logger.warning, ("compiling native code for this CPU, once: about 20 seconds",))
+    if not forward.signatures:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Rows:
+    """What the native forward needs to know of every row of a batch."""
+
+    def __init__(self, batch: ForwardBatch, block_size: int) -> None:
+        from paceline.cache.paged_kv import slots_of
+
+        self.positions = np.concatenate([s.positions for s in batch.sequences]).astype(np.int64)
+        slots, seen, visible, lengths, blocks, blocks_at = [], [], [], [], [], []
+        num_blocks = 0
+        self.longest = 1
+        for s in batch.sequences:
+            n = len(s.token_ids)
+            end = s.context_len + n
+            self.longest = max(self.longest, end)
+            slots.append(slots_of(s.blocks, block_size, s.context_len, end))
+            blocks.append(np.asarray(s.blocks, dtype=np.int64))
+            blocks_at.append(np.full(n, num_blocks))
+            num_blocks += len(s.blocks)
+            if s.visible is None:
+                seen.append(s.context_len + 1 + np.arange(n))
+                lengths.append(np.zeros(n, dtype=np.int64))
+            else:
+                width = s.visible.shape[1]
+                seen.append(np.full(n, end - width))
+                lengths.append(np.full(n, width))
+                visible.append(np.ascontiguousarray(s.visible).ravel())
+        self.slots = np.concatenate(slots).astype(np.int64)
+        self.seen = np.concatenate(seen).astype(np.int64)
+        self.visible = np.concatenate(visible) if visible else np.zeros(0, dtype=np.bool_)
+        self.visible_at = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        self.blocks = np.concatenate(blocks)
+        self.blocks_at = np.concatenate(blocks_at).astype(np.int64)
+
+
+def _row(linear: TiledLinear) -> list[int]:
+    numbers = 0 if linear.numbers is None else linear.numbers.data_ptr()
+    return [product_address(linear.kind), linear.blocks, linear.tiles, linear.levels.data_ptr(), numbers]
+
+
+def _stacked(tensors: list[torch.Tensor], width: int = 0) -> np.ndarray:
+    """Vectors as the rows of a matrix, of none if there are none."""
+    if not tensors:
+        return np.empty((0, width), np.float32)
+    found: np.ndarray = torch.stack([t.detach().float() for t in tensors]).contiguous().numpy()
+    return found

@@ -1,0 +1,183 @@
+"""All layers of a Llama-like decoder, and its head, in one native call for each thread."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from paceline.model.native.attention import attend
+from paceline.model.native.matmul import BLOCK, CALL, block_sums, call_product
+from paceline.model.native.rows import gate, rms_norm, rotate
+from paceline.model.native.team import meet
+
+QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
+"""Matrices of a layer, in the order of the table of weights."""
+MATRICES = 7
+
+
+@njit(nogil=True, error_model="numpy")
+def _multiply(
+    weight: np.ndarray,
+    x: np.ndarray,
+    sums: np.ndarray,
+    out: np.ndarray,
+    column: int,
+    add: bool,
+    thread: int,
+    threads: int,
+    call: np.ndarray,
+) -> None:
+    """This thread's outputs of a product.  # weight [address, blocks, tiles, levels, numbers], out [rows, columns]"""
+    groups = (weight[2] + 3) // 4
+    call[0], call[1], call[2], call[3] = x.ctypes.data, x.shape[1], sums.ctypes.data, out.shape[0]
+    call[4], call[5], call[6] = weight[1], weight[3], weight[4]
+    call[7], call[8] = groups * thread // threads * 4, min(groups * (thread + 1) // threads * 4, weight[2])
+    call[9], call[10], call[11] = out.ctypes.data + 4 * column, out.shape[1], add
+    call_product(weight[0], call.ctypes.data)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def forward(
+    thread: int,
+    threads: int,
+    place: int,
+    weights: np.ndarray,
+    norms: np.ndarray,
+    head_norms: np.ndarray,
+    biases: np.ndarray,
+    cosines: np.ndarray,
+    sines: np.ndarray,
+    epsilon: float,
+    scale: float,
+    kv: np.ndarray,
+    block_size: int,
+    slots: np.ndarray,
+    positions: np.ndarray,
+    seen: np.ndarray,
+    visible: np.ndarray,
+    visible_at: np.ndarray,
+    blocks: np.ndarray,
+    blocks_at: np.ndarray,
+    wanted: np.ndarray,
+    h: np.ndarray,
+    x: np.ndarray,
+    sums: np.ndarray,
+    qkv: np.ndarray,
+    both: np.ndarray,
+    scores: np.ndarray,
+    places: np.ndarray,
+    hidden: np.ndarray,
+    logits: np.ndarray,
+) -> None:
+    """Run one thread's part.
+
+    Args:
+        thread: which.
+        threads: of how many.
+        place: address of their barrier's counter.
+        weights: address of the product, blocks, tiles, addresses of levels and numbers; seven a layer, then the
+            head's.  # [7 * L + 1, 5]
+        norms: before attention and MLP of each layer, then the last.  # [2 * L + 1, D]
+        head_norms: of query and key heads, or none.  # [2 * L or 0, d]
+        biases: of query, key and value, or none.  # [L or 0, Q]
+        cosines: of the rotary embedding by position.  # [P, d / 2]
+        sines: likewise.
+        epsilon: of all norms.
+        scale: of attention scores.
+        kv: the pool.  # [L, 2, slots, kv_heads, d]
+        block_size: slots of a block.
+        slots: where rows go.  # [M]
+        positions: of rows.  # [M]
+        seen: keys from a sequence's first that a row sees without exception.  # [M]
+        visible: which of those behind them each row sees, row after row.
+        visible_at: where a row's begin; one more than rows.  # [M + 1]
+        blocks: of all sequences.
+        blocks_at: where those of a row's sequence begin.  # [M]
+        wanted: rows whose logits are wanted.  # [R]
+        h: embeddings; overwritten.  # [M, D]
+        x: scratch.  # [M, widest input]
+        sums: scratch.  # [M * widest input / 32]
+        qkv: scratch.  # [M, Q]
+        both: scratch.  # [M, 2 * I]
+        scores: scratch.  # [threads, query heads of a KV head, longest context]
+        places: scratch.  # int64 [threads, longest context]
+        hidden: last hidden states of the wanted rows.  # [R, D]
+        logits: their logits.  # [R, V, filled up to a multiple of 16]
+    """
+    rows, width = h.shape
+    layers, kv_heads, size = kv.shape[0], kv.shape[3], kv.shape[4]
+    key_at, inner = qkv.shape[1] - 2 * kv_heads * size, both.shape[1] // 2
+    value_at, group = key_at + kv_heads * size, key_at // (kv_heads * size)
+    met, call = 0, np.empty(CALL, np.int64)
+    for layer in range(layers):
+        own = weights[MATRICES * layer : MATRICES * (layer + 1)]
+        for r in range(thread, rows, threads):
+            _normed(h[r], norms[2 * layer], epsilon, x[r], sums, r)
+        met = meet(place, threads, met)
+        _multiply(own[QUERY], x, sums, qkv, 0, False, thread, threads, call)
+        _multiply(own[KEY], x, sums, qkv, key_at, False, thread, threads, call)
+        _multiply(own[VALUE], x, sums, qkv, value_at, False, thread, threads, call)
+        met = meet(place, threads, met)
+        for r in range(thread, rows, threads):
+            if len(biases):
+                for i in range(qkv.shape[1]):
+                    qkv[r, i] += biases[layer, i]
+            for at in range(0, value_at, size):
+                one = qkv[r, at : at + size]
+                if len(head_norms):
+                    rms_norm(one, head_norms[2 * layer + (at >= key_at)], epsilon, one)
+                rotate(one, cosines[positions[r]], sines[positions[r]])
+            kv[layer, 0, slots[r]] = qkv[r, key_at:value_at].reshape(kv_heads, size)
+            kv[layer, 1, slots[r]] = qkv[r, value_at:].reshape(kv_heads, size)
+        met = meet(place, threads, met)
+        for item in range(thread, rows * kv_heads, threads):
+            r, head = item // kv_heads, item % kv_heads
+            attend(
+                qkv[r, head * group * size : (head + 1) * group * size].reshape(group, size),
+                kv[layer, 0],
+                kv[layer, 1],
+                head,
+                blocks[blocks_at[r] :],
+                block_size,
+                seen[r],
+                visible[visible_at[r] : visible_at[r + 1]],
+                scale,
+                scores[thread],
+                places[thread],
+                x[r, head * group * size : (head + 1) * group * size].reshape(group, size),
+            )
+        met = meet(place, threads, met)
+        for r in range(thread, rows, threads):
+            _summed(x[r], key_at, sums, r)
+        met = meet(place, threads, met)
+        _multiply(own[OUTPUT], x, sums, h, 0, True, thread, threads, call)
+        met = meet(place, threads, met)
+        for r in range(thread, rows, threads):
+            _normed(h[r], norms[2 * layer + 1], epsilon, x[r], sums, r)
+        met = meet(place, threads, met)
+        _multiply(own[GATE], x, sums, both, 0, False, thread, threads, call)
+        _multiply(own[UP], x, sums, both, inner, False, thread, threads, call)
+        met = meet(place, threads, met)
+        for r in range(thread, rows, threads):
+            gate(both[r], x[r, :inner])
+            _summed(x[r], inner, sums, r)
+        met = meet(place, threads, met)
+        _multiply(own[DOWN], x, sums, h, 0, True, thread, threads, call)
+        met = meet(place, threads, met)
+    for i in range(thread, len(wanted), threads):
+        rms_norm(h[wanted[i]], norms[2 * layers], epsilon, hidden[i])
+        _summed(hidden[i], width, sums, i)
+    met = meet(place, threads, met)
+    _multiply(weights[MATRICES * layers], hidden, sums, logits, 0, False, thread, threads, call)
+
+
+@njit(nogil=True, error_model="numpy")
+def _normed(h: np.ndarray, weight: np.ndarray, epsilon: float, x: np.ndarray, sums: np.ndarray, row: int) -> None:
+    rms_norm(h, weight, epsilon, x[: h.shape[0]])
+    _summed(x, h.shape[0], sums, row)
+
+
+@njit(nogil=True, error_model="numpy")
+def _summed(x: np.ndarray, width: int, sums: np.ndarray, row: int) -> None:
+    blocks = width // BLOCK
+    block_sums(x[:width], sums[row * blocks : (row + 1) * blocks])

@@ -1,0 +1,120 @@
+"""Threads that work on one step together, and the barrier at which they wait for each other.
+
+A step is one call for each thread; within it they meet at several hundred barriers, so they wait by looking, and let
+others run when that takes long.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from paceline.model.native.vectors import I32, I64
+
+_PATIENCE = 2000
+"""Looks at the barrier before a thread lets others run."""
+CAN_SHARE = sys.platform != "win32"
+"""Whether there is a way to let others run."""
+
+
+@intrinsic
+def _add(typing_context: Any, place: Any, number: Any) -> Any:  # noqa: ARG001
+    """Add to an integer at an address at once, for all threads to see; what was there before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        place = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
+
+    return types.int64(types.uintp, types.int64), generate
+
+
+@intrinsic
+def _look(typing_context: Any, place: Any) -> Any:  # noqa: ARG001
+    """The integer at an address, as other threads left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.load_atomic(builder.inttoptr(arguments[0], I64.as_pointer()), "seq_cst", 8)
+
+    return types.int64(types.uintp), generate
+
+
+@intrinsic
+def _let_others_run(typing_context: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        if CAN_SHARE:
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@njit(nogil=True, error_model="numpy")
+def meet(place: int, threads: int, round_: int) -> int:
+    """Wait until all threads have come here.
+
+    Args:
+        place: address of an integer that all share, 0 before the first meeting.
+        threads: how many meet.
+        round_: meetings before this one.
+
+    Returns:
+        Meetings so far.
+    """
+    if threads > 1:
+        wanted = (round_ + 1) * threads
+        _add(place, 1)
+        looks = 0
+        while _look(place) < wanted:
+            looks += 1
+            if looks > _PATIENCE:
+                _let_others_run()
+    return round_ + 1
+
+
+class Team:
+    """Runs a native function on several threads at once; the caller's is the first of them.
+
+    Args:
+        threads: how many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads if CAN_SHARE else 1
+        self.counter = np.zeros(1, dtype=np.int64)
+        self._pool = ThreadPoolExecutor(self.threads - 1, "paceline-forward") if self.threads > 1 else None
+        self._lock = threading.Lock()
+
+    def run(self, function: Callable[[int, int, int], None]) -> None:
+        """Call `function(thread, threads, address of the counter)` on every thread, and wait for all."""
+        with self._lock:
+            self.counter[0] = 0
+            place = self.counter.ctypes.data
+            others = (
+                [self._pool.submit(function, i, self.threads, place) for i in range(1, self.threads)]
+                if self._pool
+                else []
+            )
+            function(0, self.threads, place)
+            for other in others:
+                other.result()
+
+
+_teams: dict[int, Team] = {}
+
+
+def team() -> Team:
+    """The threads of this process, as many as PyTorch uses; forwards of several engines take turns."""
+    threads = torch.get_num_threads()
+    if threads not in _teams:
+        _teams[threads] = Team(threads)
+    return _teams[threads]

@@ -1,0 +1,145 @@
+"""Linear layers whose weights lie in tiles for `native/matmul.py`: the bytes of a GGUF file as they are, bf16, or fp32.
+
+All compute in fp32 with fp32 inputs, so a layer in Q4_1 gives what its dequantised weight gives, to fp32 rounding.
+A row's result does not depend on the other rows of the call, nor on threads, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from paceline.model.gguf_blocks import BLOCK, Blocks
+
+LANES = 16
+"""Outputs of a tile; a layer with others is filled up with zeros."""
+_ALIGNMENT = 64
+
+
+class TiledLinear(nn.Module):
+    """A linear layer over tiles.
+
+    The weight is not a parameter: it is absent from `state_dict()`, does not follow `.to()` and takes no gradient.
+
+    Args:
+        kind: of the tiles, see `native/matmul.py`.
+        levels: the tiles, aligned.  # [tiles, G, ...]
+        numbers: their scales and minimums, if the kind has them.  # f16 [tiles, G, ...]
+        out_features: N, without what was filled up.
+        bias: added to the product, if given.  # [N]
+        dtype: of inputs and outputs.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        levels: torch.Tensor,
+        numbers: torch.Tensor | None,
+        out_features: int,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.kind, self.dtype = kind, dtype
+        self.tiles, self.blocks = int(levels.shape[0]), int(levels.shape[1])
+        self.in_features, self.out_features = self.blocks * BLOCK, out_features
+        self.levels, self.numbers = _aligned(levels), None if numbers is None else _aligned(numbers)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight with its scales."""
+        return self.levels.nbytes + (0 if self.numbers is None else self.numbers.nbytes)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in `dtype`: a copy, for code that looks at it.  # [N, K]"""
+        return self.dequantise().to(self.dtype)
+
+    def dequantise(self) -> torch.Tensor:
+        """The weight that the layer multiplies with, exactly.  # fp32 [N, K]"""
+        levels = self.levels
+        if self.kind == "Q4":  # [T, G, 16, lanes]
+            levels = torch.cat([levels & 15, levels >> 4], dim=2)
+        weight = levels.float()  # [T, G, 32, lanes]
+        if self.numbers is not None:
+            numbers = self.numbers.float()  # [T, G, 2 or 1, lanes]
+            weight = weight * numbers[:, :, :1]
+            if self.kind == "Q4":
+                weight = weight + numbers[:, :, 1:]
+        rows = weight.permute(0, 3, 1, 2).reshape(self.tiles * LANES, self.in_features)
+        return rows[: self.out_features].contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `[..., K]` to `[..., N]`."""
+        from paceline.model.native.linear import multiply
+
+        out = multiply(self, x.reshape(-1, self.in_features).float()).to(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+def tile_blocks(blocks: Blocks, bias: torch.Tensor | None, dtype: torch.dtype) -> TiledLinear:
+    """A layer over a GGUF matrix: the same levels, scales and minimums.
+
+    Args:
+        blocks: read, not kept.
+        bias: see `TiledLinear`.
+        dtype: see `TiledLinear`.
+    """
+    rows = len(blocks.levels)
+    levels = _lanes_last(blocks.levels, BLOCK)  # [T, G, 32, lanes]
+    if blocks.levels.dtype is torch.int8:
+        return TiledLinear("Q8", levels, _halves(blocks.scales), rows, bias, dtype)
+    half = BLOCK // 2
+    numbers = torch.cat([_halves(blocks.scales), _halves(blocks.minimums)], dim=2)
+    return TiledLinear("Q4", levels[:, :, :half] | (levels[:, :, half:] << 4), numbers, rows, bias, dtype)
+
+
+def tile_weight(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> TiledLinear:
+    """A layer over a matrix in bf16 or fp32, whose inputs are a multiple of 32.
+
+    Args:
+        weight: read, not kept.  # [N, K]
+        bias: see `TiledLinear`.
+        dtype: see `TiledLinear`.
+    """
+    kind = "BF16" if weight.dtype is torch.bfloat16 else "F32"
+    return TiledLinear(kind, _lanes_last(weight.detach(), BLOCK), None, len(weight), bias, dtype)
+
+
+def tile_linears(model: nn.Module) -> None:
+    """Replace, in place, every plain `nn.Linear` by a `TiledLinear`, in bf16 where that loses nothing.
+
+    A layer that the tiles cannot hold (its inputs are no multiple of 32) stays what it is.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.in_features % BLOCK == 0:
+                weight, half = child.weight.detach(), child.weight.detach().to(torch.bfloat16)
+                exact = half if torch.equal(half.to(weight.dtype), weight) else weight
+                setattr(parent, name, tile_weight(exact, child.bias, child.weight.dtype))
+
+
+def _lanes_last(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows in groups of 16, side by side.  # [N, G * width] -> [T, G, width, 16]"""
+    missing = -len(matrix) % LANES
+    filled = nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix
+    return filled.reshape(len(filled) // LANES, LANES, -1, width).permute(0, 2, 3, 1)
+
+
+def _halves(numbers: torch.Tensor) -> torch.Tensor:
+    """As they stand in the file.  # fp32 [N, G] -> f16 [T, G, 1, 16]"""
+    return _lanes_last(numbers, 1).to(torch.float16)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that begins where whole vectors can be loaded."""
+    found = torch.empty(tensor.shape, dtype=tensor.dtype)
+    assert found.data_ptr() % _ALIGNMENT == 0, "PyTorch aligns what it allocates"
+    found.copy_(tensor)
+    return found
