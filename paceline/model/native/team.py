@@ -6,10 +6,13 @@ others run when that takes long.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ from numba.extending import intrinsic
 
 from paceline.model.native.vectors import I32, I64
 
-_PATIENCE = 2000
+_PATIENCE = 20000
 """Looks at the barrier before a thread lets others run."""
 CAN_SHARE = sys.platform != "win32"
 """Whether there is a way to let others run."""
@@ -84,29 +87,70 @@ def meet(place: int, threads: int, round_: int) -> int:
 class Team:
     """Runs a native function on several threads at once; the caller's is the first of them.
 
+    The threads are PyTorch's own where they can be had (OpenMP's, through `GOMP_parallel`): those keep looking for work
+    for milliseconds after an operation of PyTorch, and would take the cores from any others.
+
     Args:
         threads: how many.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads if CAN_SHARE else 1
-        self.counter = np.zeros(1, dtype=np.int64)
-        self._pool = ThreadPoolExecutor(self.threads - 1, "paceline-forward") if self.threads > 1 else None
+        self._counter = np.zeros(1, dtype=np.int64)
+        self._openmp = _openmp() if self.threads > 1 else None
+        self._pool: ThreadPoolExecutor | None = None
+        if self.threads > 1 and self._openmp is None:
+            self._pool = ThreadPoolExecutor(self.threads - 1, "paceline-forward")
         self._lock = threading.Lock()
 
     def run(self, function: Callable[[int, int, int], None]) -> None:
         """Call `function(thread, threads, address of the counter)` on every thread, and wait for all."""
         with self._lock:
-            self.counter[0] = 0
-            place = self.counter.ctypes.data
-            others = (
-                [self._pool.submit(function, i, self.threads, place) for i in range(1, self.threads)]
-                if self._pool
-                else []
-            )
-            function(0, self.threads, place)
-            for other in others:
-                other.result()
+            self._counter[0] = 0
+            if self._openmp is not None:
+                self._run_openmp(function, self._openmp)
+            else:
+                self._run_pool(function)
+
+    def _run_pool(self, function: Callable[[int, int, int], None]) -> None:
+        place, others = self._counter.ctypes.data, []
+        if self._pool is not None:
+            others = [self._pool.submit(function, i, self.threads, place) for i in range(1, self.threads)]
+        function(0, self.threads, place)
+        for other in others:
+            other.result()
+
+    def _run_openmp(self, function: Callable[[int, int, int], None], openmp: ctypes.CDLL) -> None:
+        place, errors = self._counter.ctypes.data, []
+
+        def part(_: int | None) -> None:
+            try:
+                function(openmp.omp_get_thread_num(), openmp.omp_get_num_threads(), place)
+            except BaseException as error:  # raised again where the caller can see it
+                errors.append(error)
+
+        openmp.GOMP_parallel(_PART(part), None, self.threads, 0)
+        if errors:
+            raise errors[0]
+
+
+_PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that PyTorch has loaded, if it can run a function of ours."""
+    folder = Path(torch.__file__).parent / "lib"
+    for path in (path for name in ("libgomp*", "libiomp*", "libomp*") for path in sorted(folder.glob(name))):
+        try:
+            library = ctypes.CDLL(str(path))
+            library.GOMP_parallel.argtypes = (_PART, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            library.GOMP_parallel.restype = None
+            library.omp_get_thread_num.restype = library.omp_get_num_threads.restype = ctypes.c_int
+        except (OSError, AttributeError):
+            continue
+        return library
+    return None
 
 
 _teams: dict[int, Team] = {}
