@@ -64,10 +64,10 @@ class EngineConfig:
         for name in ("speculation", "rule", "tree", "device"):
             _require(isinstance(getattr(self, name), str), ConfigError, name, "must be text.")
         _require(
-            self.dtype in ("auto", "float32", "bfloat16", "file"),
+            self.dtype in ("auto", "float32", "bfloat16"),
             ConfigError,
             "dtype",
-            f"is {self.dtype!r}; take auto, float32, bfloat16 or file.",
+            f"is {self.dtype!r}; take auto, float32 or bfloat16.",
         )
 
     @classmethod

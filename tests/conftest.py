@@ -85,9 +85,9 @@ def real_model_bf16() -> LoadedModel:
 @pytest.fixture(scope="session")
 def real_model_kept() -> LoadedModel:
     """SmolLM2-135M-Instruct in its GGUF file's own precision, Q4_1 and Q8_0, or a skip."""
-    loaded = _load("file")
+    loaded = _load("auto")
     if not loaded.kept_kinds:
-        pytest.skip("this CPU has no kernels for 4-bit and 8-bit weights")
+        pytest.skip("Numba is not installed")
     return loaded
 
 

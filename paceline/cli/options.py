@@ -112,10 +112,10 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "file"),
+        choices=("auto", "float32", "bfloat16"),
         default=dtype or default.dtype,
-        help="number format; auto is bfloat16 where the hardware has it; file keeps a GGUF file's 4 and 8 bits on "
-        "a CPU (default: %(default)s)",
+        help="number format; auto keeps a GGUF file's 4 and 8 bits on a CPU, and is bfloat16 otherwise where the "
+        "hardware has it (default: %(default)s)",
     )
     group.add_argument(
         "--device",

@@ -65,8 +65,8 @@ def load_model(
 
     Args:
         source: see `resolve_source`.
-        dtype: of activations and weights, see `resolve_dtype`. With `auto` or `file` on a CPU, matrices of a GGUF file
-            in a type that `quantized_loading.py` knows stay in it, and activations are fp32: that model is the target.
+        dtype: of activations and weights, see `resolve_dtype`. With `auto` on a CPU, matrices of a GGUF file in a type
+            that `quantized_loading.py` knows stay in it, and activations are fp32: that model is the target.
         device: see `resolve_device`.
         trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
 
@@ -78,7 +78,7 @@ def load_model(
     """
     torch_device = resolve_device(device)
     path = resolve_source(source)
-    keep = dtype in ("auto", "file") and torch_device.type == "cpu" and can_keep(path)
+    keep = dtype == "auto" and torch_device.type == "cpu" and can_keep(path)
     torch_dtype = torch.float32 if keep else resolve_dtype(dtype, torch_device)
     check_folder(path, trust_remote_code=trust_remote_code)
     trust_remote_code = trust_remote_code and file_with_code(path) is not None
@@ -124,15 +124,15 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`float32`, `bfloat16`, or `auto` (and `file`): bfloat16 where the hardware computes in it, else float32.
+    """`float32`, `bfloat16`, or `auto`: bfloat16 where the hardware computes in it, else float32.
 
     Raises:
         ConfigError: another word.
     """
-    if dtype in ("auto", "file"):
+    if dtype == "auto":
         return torch.bfloat16 if _computes_bf16(device) else torch.float32
     if dtype not in _DTYPES:
-        raise ConfigError(f"is {dtype!r}; take auto, float32, bfloat16 or file.", field="dtype")
+        raise ConfigError(f"is {dtype!r}; take auto, float32 or bfloat16.", field="dtype")
     return _DTYPES[dtype]
 
 

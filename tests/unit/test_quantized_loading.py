@@ -60,14 +60,13 @@ def engine_logits(loaded: LoadedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
-@pytest.mark.parametrize("dtype", ["auto", "file"])
 @pytest.mark.parametrize("kind", KEPT)
 def test_the_files_precision_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, dtype: str, arch: str, tied: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, arch: str, tied: bool
 ) -> None:
     monkeypatch.setattr(loader, "resolve_dtype", lambda *_: torch.bfloat16)  # activations are fp32 on every CPU
     path, reference = made(tmp_path, kind, arch, tied)
-    loaded = load_model(str(path), dtype=dtype, device="cpu")
+    loaded = load_model(str(path), device="cpu")
     assert loaded.kept_kinds == (kind.name,)
     assert loaded.model.dtype == loaded.dtype == torch.float32
     assert loaded.precision == f"{kind.name} in float32"
@@ -89,7 +88,7 @@ def test_a_named_dtype_dequantises(tmp_path: Path, kind: Kind, dtype: str) -> No
     path, reference = made(tmp_path, kind)
     loaded = load_model(str(path), dtype=dtype, device="cpu")
     assert loaded.precision == dtype
-    kept = load_model(str(path), dtype="file", device="cpu")
+    kept = load_model(str(path), dtype="auto", device="cpu")
     assert (kept.eos_token_ids, kept.max_model_len) == (loaded.eos_token_ids, loaded.max_model_len)
     assert all(type(m) is torch.nn.Linear for m in loaded.model.modules() if hasattr(m, "in_features"))
     for name, weight in reference.state_dict().items():
@@ -99,7 +98,7 @@ def test_a_named_dtype_dequantises(tmp_path: Path, kind: Kind, dtype: str) -> No
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.F32, Kind.Q5_0])
 def test_other_files_have_nothing_to_keep(tmp_path: Path, kind: Kind) -> None:
     path, _ = made(tmp_path, kind)
-    loaded = load_model(str(path), dtype="file", device="cpu")
+    loaded = load_model(str(path), dtype="auto", device="cpu")
     assert loaded.kept_kinds == ()
     assert not (loaded.path / BLOCKS_FILE).exists()
 
@@ -112,7 +111,7 @@ def test_matrices_of_other_types_are_dequantised(tmp_path: Path, monkeypatch: py
     table = tiny.make_model("llama", tied=True).model.embed_tokens.weight.half().numpy()
     mixture = {"blk.1.ffn_down.weight": (raw, Kind.Q6_K), "token_embd.weight": (table, Kind.F16)}
     path, reference = made(tmp_path, Kind.Q4_0, tied=True, raw=mixture)
-    loaded = load_model(str(path), dtype="file", device="cpu")
+    loaded = load_model(str(path), dtype="auto", device="cpu")
     assert loaded.kept_kinds == ("Q4_0",)
     down = loaded.model.model.layers[1].mlp.down_proj
     assert torch.equal(down.weight, reference.model.layers[1].mlp.down_proj.weight.to(loaded.dtype))
@@ -125,7 +124,7 @@ def test_matrices_of_other_types_are_dequantised(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_engine_runs_it_with_every_kind_of_draft(tmp_path: Path, tied: bool) -> None:
     path, _ = made(tmp_path, Kind.Q8_0, tied=tied)
-    loaded = load_model(str(path), dtype="file", device="cpu")
+    loaded = load_model(str(path), dtype="auto", device="cpu")
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     options: dict[str, Any] = {"kv_cache_memory": 4 << 20, "enable_prefix_caching": False}
     expected = LLM(loaded, speculation="none", **options).generate([[5, 6, 7, 5, 6]], params)[0].token_ids
@@ -145,7 +144,7 @@ def test_the_roofline_counts_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path, _ = made(tmp_path, Kind.Q4_1)
     for name in ("measure_bandwidth", "measure_flops"):
         monkeypatch.setattr(roofline, name, lambda *_: 1e9)
-    kept, plain_one = (load_model(str(path), dtype=dtype, device="cpu") for dtype in ("file", "float32"))
+    kept, plain_one = (load_model(str(path), dtype=dtype, device="cpu") for dtype in ("auto", "float32"))
     found, expected = roofline.measure_roofline(kept), roofline.measure_roofline(plain_one)
     assert found.weights == expected.weights
     assert 4.5 / 8 < found.bytes_per_weight < 0.75 < expected.bytes_per_weight == 4  # 4 bits and scales; norms
@@ -156,7 +155,7 @@ def test_without_numba_it_dequantises_and_says_so(
 ) -> None:
     path, _ = made(tmp_path, Kind.Q4_1)
     monkeypatch.setattr(quantized_loading, "find_spec", lambda _: None)
-    loaded = load_model(str(path), dtype="file", device="cpu")
+    loaded = load_model(str(path), dtype="auto", device="cpu")
     assert loaded.kept_kinds == ()
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "dequantised" in caplog.text
@@ -202,7 +201,7 @@ def test_blocks_that_do_not_fit_are_refused(
 ) -> None:
     path, _ = made(tmp_path, Kind.Q4_1)
     folder = tmp_path / "copy"
-    shutil.copytree(load_model(str(path), dtype="file", device="cpu").path, folder)
+    shutil.copytree(load_model(str(path), dtype="auto", device="cpu").path, folder)
     with safe_open(folder / BLOCKS_FILE, framework="pt") as file:
         kinds = dict(file.metadata())
         tensors = {name: file.get_tensor(name).clone() for name in tuple(file.keys())}
@@ -210,18 +209,18 @@ def test_blocks_that_do_not_fit_are_refused(
     damage(tensors, kinds)
     save_file(tensors, folder / BLOCKS_FILE, {"format": BLOCKS_FORMAT, **kinds})
     with pytest.raises(CorruptFileError, match=BLOCKS_FILE):
-        load_model(str(folder), dtype="file", device="cpu")
+        load_model(str(folder), dtype="auto", device="cpu")
 
 
 def test_a_weight_that_is_nowhere_is_missed(tmp_path: Path) -> None:
     path, _ = made(tmp_path, Kind.Q4_1)
     folder = tmp_path / "copy"
-    shutil.copytree(load_model(str(path), dtype="file", device="cpu").path, folder)
+    shutil.copytree(load_model(str(path), dtype="auto", device="cpu").path, folder)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in tuple(file.keys()) if name != "model.norm.weight"}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptFileError, match=r"model\.norm\.weight"):
-        load_model(str(folder), dtype="file", device="cpu")
+        load_model(str(folder), dtype="auto", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -237,32 +236,32 @@ def test_other_weights_that_do_not_fit_are_refused(
 ) -> None:
     path, _ = made(tmp_path, Kind.Q4_1)
     folder = tmp_path / "copy"
-    shutil.copytree(load_model(str(path), dtype="file", device="cpu").path, folder)
+    shutil.copytree(load_model(str(path), dtype="auto", device="cpu").path, folder)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key).clone() for key in tuple(file.keys())}
     save_file({**tensors, name: torch.ones(shape)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(error, match=r"model\.safetensors"):
-        load_model(str(folder), dtype="file", device="cpu")
+        load_model(str(folder), dtype="auto", device="cpu")
 
 
 @pytest.mark.parametrize("shape", [None, 7])
 def test_a_bias_is_neither_dropped_nor_stretched(tmp_path: Path, shape: int | None) -> None:
     path, _ = made(tmp_path, Kind.Q4_1, "qwen2")
     folder, name = tmp_path / "copy", "model.layers.1.self_attn.v_proj.bias"
-    shutil.copytree(load_model(str(path), dtype="file", device="cpu").path, folder)
+    shutil.copytree(load_model(str(path), dtype="auto", device="cpu").path, folder)
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key).clone() for key in tuple(file.keys()) if key != name}
     if shape is not None:
         tensors[name] = torch.ones(shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CorruptFileError, match=name):
-        load_model(str(folder), dtype="file", device="cpu")
+        load_model(str(folder), dtype="auto", device="cpu")
 
 
 def test_the_stored_blocks_are_the_files_bytes(tmp_path: Path) -> None:
     """Rows of queries and keys in the model's order, all others as they are."""
     path, reference = made(tmp_path, Kind.Q4_0)
-    folder = load_model(str(path), dtype="file", device="cpu").path
+    folder = load_model(str(path), dtype="auto", device="cpu").path
     with safe_open(folder / BLOCKS_FILE, framework="np") as file:
         assert set(file.metadata().values()) == {BLOCKS_FORMAT, "Q4_0"}
         for name in tuple(file.keys()):
