@@ -114,7 +114,8 @@ def main() -> None:
         for base in ("llama.cpp", "llama.cpp, prompt lookup"):
             ratios = [a / b for a, b in zip(decode[name], decode[base], strict=True)]
             print(f"{name} over {base}: {_shown(ratios)}")
-    print(f"prefill over llama.cpp: {_shown([a / b for a, b in zip(prefill['none'], prefill['llama.cpp'], strict=True)])}")
+    ratios = [a / b for a, b in zip(prefill["none"], prefill["llama.cpp"], strict=True)]
+    print(f"reading over llama.cpp: {_shown(ratios)}")
     print(f"same text of {NEW} tokens without speculation: {same} of {total}")
     if args.json:
         found = {"host": host_info(first.loaded.precision, torch.device("cpu")), "threads": args.threads}

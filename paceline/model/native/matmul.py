@@ -54,8 +54,9 @@ def _pair(builder: Any, kind: int, levels: Any, offset: Any, j: Any) -> tuple[An
     """Weights (or levels) of inputs j and j + 16, as floats."""
     if kind == Q4:
         both = load(builder, levels, builder.add(offset, builder.mul(j, I64(LANES))), BYTES, LANES)
-        low, high = builder.and_(both, constant(BYTES, 15)), builder.lshr(both, constant(BYTES, 4))
-        return builder.sitofp(builder.zext(low, INTS), FLOATS), builder.sitofp(builder.zext(high, INTS), FLOATS)
+        wide = builder.zext(both, INTS)
+        low, high = builder.and_(wide, constant(INTS, 15)), builder.lshr(wide, constant(INTS, 4))
+        return builder.sitofp(low, FLOATS), builder.sitofp(high, FLOATS)
     size = LEVEL_BYTES[kind] // BLOCK
     low = builder.add(offset, builder.mul(j, I64(size)))
     at = (low, builder.add(low, I64(size * _HALF)))
