@@ -101,17 +101,18 @@ class NativeDecoder:
         """
         rows = _Rows(batch, self._kv.block_size)
         wanted = np.asarray(batch.logit_rows, dtype=np.int64)
-        logits = torch.empty(len(wanted), self._head.tiles * LANES)
-        hidden = torch.empty(len(wanted), self._width)
         ids = torch.tensor([t for s in batch.sequences for t in s.token_ids], dtype=torch.int64)
         self._rotary(int(rows.positions.max()) + 1)
+        if len(ids) <= _ROWS:
+            logits, hidden = self._part(rows, slice(0, len(ids)), ids, wanted)
+            return self._all_tokens(logits[:, : self._head.out_features]), hidden
+        logits = torch.empty(len(wanted), self._head.tiles * LANES)
+        hidden = torch.empty(len(wanted), self._width)
         for start in range(0, len(ids), _ROWS):
             part = slice(start, min(start + _ROWS, len(ids)))
             here = np.flatnonzero((wanted >= part.start) & (wanted < part.stop))
-            # What is wanted lies in the order of rows almost always; where not, it is put in its place.
-            found = self._part(rows, part, ids[part], wanted[here] - part.start)
             at = torch.from_numpy(here)
-            logits[at], hidden[at] = found
+            logits[at], hidden[at] = self._part(rows, part, ids[part], wanted[here] - part.start)
         return self._all_tokens(logits[:, : self._head.out_features]), hidden
 
     def _all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
@@ -128,7 +129,7 @@ class NativeDecoder:
         widest = max(self._width, self._inner, self._queries)
         h = self._model.get_input_embeddings()(ids).float().contiguous().numpy()
         x = self._room("x", count * widest).reshape(count, widest)
-        sums = self._room("sums", count * widest // BLOCK)
+        sums = self._room("sums", max(count, len(wanted)) * widest // BLOCK)
         qkv = self._room("qkv", count * self._columns).reshape(count, self._columns)
         both = self._room("both", count * 2 * self._inner).reshape(count, 2 * self._inner)
         scores = self._room("scores", threads * self._group * rows.longest).reshape(threads, self._group, rows.longest)
@@ -188,13 +189,21 @@ class NativeDecoder:
 @contextlib.contextmanager
 def _announced() -> Iterator[None]:
     """Say what takes so long if this is the first time on this machine."""
+    global _compiled
+    if _compiled:
+        yield
+        return
     timer = threading.Timer(1.5, logger.warning, ("compiling native code for this CPU, once: about 20 seconds",))
-    if not forward.signatures:
-        timer.start()
+    timer.start()
     try:
         yield
     finally:
         timer.cancel()
+    _compiled = bool(forward.signatures)
+
+
+_compiled = False
+"""Whether all native code has run in this process."""
 
 
 class _Rows:

@@ -84,6 +84,12 @@ def meet(place: int, threads: int, round_: int) -> int:
     return round_ + 1
 
 
+@njit(nogil=True, error_model="numpy")
+def _give_up(place: int) -> None:
+    """Let everybody through all barriers."""
+    _add(place, 1 << 40)
+
+
 class Team:
     """Runs a native function on several threads at once; the caller's is the first of them.
 
@@ -104,34 +110,42 @@ class Team:
         self._lock = threading.Lock()
 
     def run(self, function: Callable[[int, int, int], None]) -> None:
-        """Call `function(thread, threads, address of the counter)` on every thread, and wait for all."""
+        """Call `function(thread, threads, address of the counter)` on every thread, and wait for all.
+
+        Raises:
+            BaseException: what a call raised. The others no longer wait for it, and their results are worth nothing.
+        """
+        errors: list[BaseException] = []
+
+        def part(thread: int, threads: int) -> None:
+            try:
+                function(thread, threads, self._counter.ctypes.data)
+            except BaseException as error:  # an interrupt, before native code began
+                errors.append(error)
+                _give_up(self._counter.ctypes.data)
+
         with self._lock:
             self._counter[0] = 0
             if self._openmp is not None:
-                self._run_openmp(function, self._openmp)
+                self._run_openmp(part, self._openmp)
             else:
-                self._run_pool(function)
+                self._run_pool(part)
+        if errors:
+            raise errors[0]
 
-    def _run_pool(self, function: Callable[[int, int, int], None]) -> None:
-        place, others = self._counter.ctypes.data, []
+    def _run_pool(self, part: Callable[[int, int], None]) -> None:
+        others = []
         if self._pool is not None:
-            others = [self._pool.submit(function, i, self.threads, place) for i in range(1, self.threads)]
-        function(0, self.threads, place)
+            others = [self._pool.submit(part, i, self.threads) for i in range(1, self.threads)]
+        part(0, self.threads)
         for other in others:
             other.result()
 
-    def _run_openmp(self, function: Callable[[int, int, int], None], openmp: ctypes.CDLL) -> None:
-        place, errors = self._counter.ctypes.data, []
+    def _run_openmp(self, part: Callable[[int, int], None], openmp: ctypes.CDLL) -> None:
+        def call(_: int | None) -> None:
+            part(openmp.omp_get_thread_num(), openmp.omp_get_num_threads())
 
-        def part(_: int | None) -> None:
-            try:
-                function(openmp.omp_get_thread_num(), openmp.omp_get_num_threads(), place)
-            except BaseException as error:  # raised again where the caller can see it
-                errors.append(error)
-
-        openmp.GOMP_parallel(_PART(part), None, self.threads, 0)
-        if errors:
-            raise errors[0]
+        openmp.GOMP_parallel(_PART(call), None, self.threads, 0)
 
 
 _PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
