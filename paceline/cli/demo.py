@@ -116,12 +116,21 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--model", default=MODEL, help="another model (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=96, metavar="N", help="per answer (default: %(default)s)")
-    options.add_engine_options(parser, dtype="float32")
+    options.add_engine_options(parser)
     parser.set_defaults(run=run)
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    """What `auto` means here: a type in which the text is the same with speculation on and off."""
+    from paceline.model.loader import resolve_device
+
+    kept = args.model == MODEL and resolve_device(args.device).type == "cpu"
+    return "float32" if args.dtype == "auto" and not kept else str(args.dtype)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    args.dtype = _dtype(args)
     plain, settings = (
         {"kv_cache_memory": KV_MEMORY, **options.engine_options(args, speculation)} for speculation in ("none", None)
     )
@@ -132,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         options.open_llm(args.model, plain, notes) as off,
         options.open_llm(off.loaded, settings, notes) as on,
     ):
-        console.print(f"[bold]{on.model_name}[/bold], {args.dtype}, greedy, one prompt at a time")
+        console.print(f"[bold]{on.model_name}[/bold], {on.loaded.precision}, greedy, one prompt at a time")
         console.print("The model is small and often wrong. What counts: the same text, in less time.", style="dim")
         console.print(legend(str(settings.get("speculation", "auto"))))
         for llm in (off, on):

@@ -111,7 +111,7 @@ SERVER = (
     Option("log_format", str, "FORMAT", "text or json"),
 )
 ENGINE = (
-    Option("dtype", str, "TYPE", "auto, float32, bfloat16 or file"),
+    Option("dtype", str, "TYPE", "auto, float32 or bfloat16"),
     Option("device", str, "D", "auto, cpu, cuda or cuda:N"),
     Option("max_model_len", _whole, "N", "longest prompt + output"),
     Option("max_num_seqs", _whole, "N", "most samples that run in one step"),

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ class FakeLLM:
     """Answers everything with the same four words and notes what it was asked."""
 
     model_name = "fake"
-    loaded = "the weights"
+    loaded = SimpleNamespace(precision="float32")
 
     def __init__(self, words: tuple[str, ...] = WORDS, error: str | None = None) -> None:
         self.words, self.error = words, error
@@ -440,9 +441,11 @@ def test_demo_ends_with_a_table(fake: FakeLLM, capsys: pytest.CaptureFixture[str
     assert "paceline chat" in out
     assert "\x1b[" not in out
     (model, off), (shared, on) = fake.calls[:2]
-    assert (model, shared) == ("smollm2-135m", "the weights")
+    assert (model, shared) == ("smollm2-135m", FakeLLM.loaded)
     assert (off["speculation"], on.get("speculation", "auto")) == ("none", "auto")
-    assert off["dtype"] == on["dtype"] == "float32"
+    assert off["dtype"] == on["dtype"] == "auto"
+    assert main(["demo", "--model", "other"]) == 0  # bf16 may round differently with drafts
+    assert {call[1]["dtype"] for call in fake.calls if call[0] == "other"} == {"float32"}
 
 
 @pytest.mark.parametrize("command", [["demo"], ["bench", "spec", "fake"], ["bench", "load", "fake", "--users", "1"]])
@@ -451,7 +454,9 @@ def test_a_tree_is_for_the_speculating_engines(fake: FakeLLM, command: list[str]
     with contextlib.suppress(Exception):  # the stand-in knows too little for all of them to end well
         main([*command, "--speculation", "draft:model=x", "--tree", "cape"])
     opened = [
-        call[1] for call in fake.calls if isinstance(call, tuple) and call[0] in ("fake", "smollm2-135m", "the weights")
+        call[1]
+        for call in fake.calls
+        if isinstance(call, tuple) and call[0] in ("fake", "smollm2-135m", FakeLLM.loaded)
     ]
     assert opened
     for settings in opened:
