@@ -106,14 +106,14 @@ def with_overrides(params: SamplingParams, overrides: Mapping[str, Any]) -> Samp
         raise SamplingParamsError(f"a sampling option has the wrong type ({error}).") from error
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = True, dtype: str | None = None) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = True) -> None:
     """Add what decides how the engine runs; `speculation=False` leaves that choice to the command."""
     default = EngineConfig()
     group = parser.add_argument_group("engine")
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
-        default=dtype or default.dtype,
+        default=default.dtype,
         help="number format; auto keeps a GGUF file's 4 and 8 bits on a CPU, and is bfloat16 otherwise where the "
         "hardware has it (default: %(default)s)",
     )

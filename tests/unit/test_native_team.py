@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -79,9 +80,10 @@ def test_callers_take_turns(team: Team) -> None:
         if thread == 0:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
+            time.sleep(0.001)  # long enough for another caller to come in, were there no lock
             inside[0] -= 1
 
-    callers = [threading.Thread(target=lambda: [team.run(work) for _ in range(50)]) for _ in range(4)]
+    callers = [threading.Thread(target=lambda: [team.run(work) for _ in range(20)]) for _ in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
 from paceline.model.native.forward import forward
-from paceline.model.native.matmul import BLOCK, product_address
+from paceline.model.native.linear import described
+from paceline.model.native.matmul import BLOCK
 from paceline.model.native.team import team
 from paceline.model.tiled_linear import LANES, TiledLinear
 
@@ -76,7 +78,7 @@ class NativeDecoder:
         self._vocab_size = config.vocab_size
         linears = [linear for layer in layers for linear in _linears(layer)]
         with _announced():
-            self._weights = np.array([_row(linear) for linear in (*linears, self._head)], dtype=np.int64)
+            self._weights = np.array([described(linear) for linear in (*linears, self._head)], dtype=np.int64)
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self._norms = _stacked([norm.weight for norm in (*norms, body.norm)])
         attention = [layer.self_attn for layer in layers]
@@ -125,7 +127,8 @@ class NativeDecoder:
     def _part(
         self, rows: _Rows, part: slice, ids: torch.Tensor, wanted: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        count, threads = len(ids), team().threads
+        crew, count = team(), len(ids)
+        threads = crew.threads  # scratch is for so many, whatever the number is set to meanwhile
         widest = max(self._width, self._inner, self._queries)
         h = self._model.get_input_embeddings()(ids).float().contiguous().numpy()
         x = self._room("x", count * widest).reshape(count, widest)
@@ -166,7 +169,7 @@ class NativeDecoder:
             logits.numpy(),
         )
         with _announced():
-            team().run(lambda thread, threads, place: forward(thread, threads, place, *arguments))
+            crew.run(lambda thread, threads, place: forward(thread, threads, place, *arguments))
         return logits, hidden
 
     def _room(self, name: str, size: int) -> np.ndarray:
@@ -210,8 +213,6 @@ class _Rows:
     """What the native forward needs to know of every row of a batch."""
 
     def __init__(self, batch: ForwardBatch, block_size: int) -> None:
-        from paceline.cache.paged_kv import slots_of
-
         self.positions = np.concatenate([s.positions for s in batch.sequences]).astype(np.int64)
         slots, seen, visible, lengths, blocks, blocks_at = [], [], [], [], [], []
         num_blocks = 0
@@ -238,11 +239,6 @@ class _Rows:
         self.visible_at = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         self.blocks = np.concatenate(blocks)
         self.blocks_at = np.concatenate(blocks_at).astype(np.int64)
-
-
-def _row(linear: TiledLinear) -> list[int]:
-    numbers = 0 if linear.numbers is None else linear.numbers.data_ptr()
-    return [product_address(linear.kind), linear.blocks, linear.tiles, linear.levels.data_ptr(), numbers]
 
 
 def _stacked(tensors: list[torch.Tensor], width: int = 0) -> np.ndarray:

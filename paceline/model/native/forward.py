@@ -6,34 +6,13 @@ import numpy as np
 from numba import njit
 
 from paceline.model.native.attention import attend
-from paceline.model.native.matmul import BLOCK, CALL, block_sums, call_product
+from paceline.model.native.matmul import BLOCK, CALL, block_sums, multiply_part
 from paceline.model.native.rows import gate, rms_norm, rotate
 from paceline.model.native.team import meet
 
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
 """Matrices of a layer, in the order of the table of weights."""
 MATRICES = 7
-
-
-@njit(nogil=True, error_model="numpy")
-def _multiply(
-    weight: np.ndarray,
-    x: np.ndarray,
-    sums: np.ndarray,
-    out: np.ndarray,
-    column: int,
-    add: bool,
-    thread: int,
-    threads: int,
-    call: np.ndarray,
-) -> None:
-    """This thread's outputs of a product.  # weight [address, blocks, tiles, levels, numbers], out [rows, columns]"""
-    groups = (weight[2] + 3) // 4
-    call[0], call[1], call[2], call[3] = x.ctypes.data, x.shape[1], sums.ctypes.data, out.shape[0]
-    call[4], call[5], call[6] = weight[1], weight[3], weight[4]
-    call[7], call[8] = groups * thread // threads * 4, min(groups * (thread + 1) // threads * 4, weight[2])
-    call[9], call[10], call[11] = out.ctypes.data + 4 * column, out.shape[1], add
-    call_product(weight[0], call.ctypes.data)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -114,9 +93,9 @@ def forward(
         for r in range(thread, rows, threads):
             _normed(h[r], norms[2 * layer], epsilon, x[r], sums, r)
         met = meet(place, threads, met)
-        _multiply(own[QUERY], x, sums, qkv, 0, False, thread, threads, call)
-        _multiply(own[KEY], x, sums, qkv, key_at, False, thread, threads, call)
-        _multiply(own[VALUE], x, sums, qkv, value_at, False, thread, threads, call)
+        multiply_part(own[QUERY], x, sums, qkv, 0, False, thread, threads, call)
+        multiply_part(own[KEY], x, sums, qkv, key_at, False, thread, threads, call)
+        multiply_part(own[VALUE], x, sums, qkv, value_at, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             if len(biases):
@@ -150,25 +129,25 @@ def forward(
         for r in range(thread, rows, threads):
             _summed(x[r], key_at, sums, r)
         met = meet(place, threads, met)
-        _multiply(own[OUTPUT], x, sums, h, 0, True, thread, threads, call)
+        multiply_part(own[OUTPUT], x, sums, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             _normed(h[r], norms[2 * layer + 1], epsilon, x[r], sums, r)
         met = meet(place, threads, met)
-        _multiply(own[GATE], x, sums, both, 0, False, thread, threads, call)
-        _multiply(own[UP], x, sums, both, inner, False, thread, threads, call)
+        multiply_part(own[GATE], x, sums, both, 0, False, thread, threads, call)
+        multiply_part(own[UP], x, sums, both, inner, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             gate(both[r], x[r, :inner])
             _summed(x[r], inner, sums, r)
         met = meet(place, threads, met)
-        _multiply(own[DOWN], x, sums, h, 0, True, thread, threads, call)
+        multiply_part(own[DOWN], x, sums, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
     for i in range(thread, len(wanted), threads):
         rms_norm(h[wanted[i]], norms[2 * layers], epsilon, hidden[i])
         _summed(hidden[i], width, sums, i)
     met = meet(place, threads, met)
-    _multiply(weights[MATRICES * layers], hidden, sums, logits, 0, False, thread, threads, call)
+    multiply_part(weights[MATRICES * layers], hidden, sums, logits, 0, False, thread, threads, call)
 
 
 @njit(nogil=True, error_model="numpy")

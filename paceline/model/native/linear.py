@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from paceline.model.native.matmul import BLOCK, CALL, block_sums, call_product, product_address
+from paceline.model.native.matmul import CALL, block_sums, multiply_part, product_address
 from paceline.model.native.team import team
 
 if TYPE_CHECKING:
@@ -18,25 +18,23 @@ _WORTH_SHARING = 1 << 22
 """Multiplications from which waking other threads pays."""
 
 
+def described(layer: TiledLinear) -> list[int]:
+    """A layer's weight as `multiply_part` takes it; it must outlive its use there."""
+    numbers = 0 if layer.numbers is None else layer.numbers.data_ptr()
+    return [product_address(layer.kind), layer.blocks, layer.tiles, layer.levels.data_ptr(), numbers]
+
+
 def multiply(layer: TiledLinear, rows: torch.Tensor) -> torch.Tensor:
     """The product of fp32 rows with a layer's weight.  # [M, K] -> [M, N]"""
     x = rows.contiguous().numpy()
     sums = torch.empty(len(x), layer.blocks).numpy()
     filled = torch.empty(len(x), layer.tiles * 16)
-    out = filled.numpy()
-    address, levels = product_address(layer.kind), layer.levels.data_ptr()
-    numbers = 0 if layer.numbers is None else layer.numbers.data_ptr()
+    weight, out = np.array(described(layer), dtype=np.int64), filled.numpy()
     _sums(x, sums)
-
-    def part(thread: int, threads: int, _: int) -> None:
-        groups = -(-layer.tiles // 4)
-        first, last = (min(groups * i // threads * 4, layer.tiles) for i in (thread, thread + 1))
-        _product(address, x, sums, levels, numbers, first, last, out)
-
     if x.size * layer.out_features >= _WORTH_SHARING:
-        team().run(part)
+        team().run(lambda thread, threads, _: _product(weight, x, sums, out, thread, threads))
     else:
-        part(0, 1, 0)
+        _product(weight, x, sums, out, 0, 1)
     return filled[:, : layer.out_features]
 
 
@@ -47,11 +45,5 @@ def _sums(x: np.ndarray, sums: np.ndarray) -> None:
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _product(
-    address: int, x: np.ndarray, sums: np.ndarray, levels: int, numbers: int, first: int, last: int, out: np.ndarray
-) -> None:
-    call = np.empty(CALL, np.int64)
-    call[0], call[1], call[2], call[3] = x.ctypes.data, x.shape[1], sums.ctypes.data, x.shape[0]
-    call[4], call[5], call[6], call[7], call[8] = x.shape[1] // BLOCK, levels, numbers, first, last
-    call[9], call[10], call[11] = out.ctypes.data, out.shape[1], False
-    call_product(address, call.ctypes.data)
+def _product(weight: np.ndarray, x: np.ndarray, sums: np.ndarray, out: np.ndarray, thread: int, threads: int) -> None:
+    multiply_part(weight, x, sums, out, 0, False, thread, threads, np.empty(CALL, np.int64))

@@ -40,7 +40,7 @@ from paceline.model.native.vectors import (
 
 BLOCK = 32
 KINDS = ("Q4", "Q8", "BF16", "F32")
-Q4, Q8, BF16, F32_KIND = range(4)
+Q4, Q8, BF16 = range(3)
 LEVEL_BYTES = (256, 512, 1024, 2048)
 """Of a block of a tile, by kind."""
 NUMBER_BYTES = (64, 32, 0, 0)
@@ -278,3 +278,36 @@ def block_sums(x: np.ndarray, sums: np.ndarray) -> None:
         for k in range(block * BLOCK, (block + 1) * BLOCK):
             found += x[k]
         sums[block] = found
+
+
+@njit(nogil=True, error_model="numpy")
+def multiply_part(
+    weight: np.ndarray,
+    x: np.ndarray,
+    sums: np.ndarray,
+    out: np.ndarray,
+    column: int,
+    add: bool,
+    thread: int,
+    threads: int,
+    call: np.ndarray,
+) -> None:
+    """This thread's outputs of a product.
+
+    Args:
+        weight: address of the product, blocks, tiles, addresses of levels and numbers.  # int64 [5]
+        x: as many rows as `out` has, or more.  # fp32 [at least rows, ldx]
+        sums: of every block of every row.  # fp32 [rows * blocks]
+        out: where the result goes.  # fp32 [rows, ldo]
+        column: of `out` where it begins.
+        add: to what is there.
+        thread: which.
+        threads: of how many.
+        call: scratch.  # int64 [CALL]
+    """
+    groups = (weight[2] + 3) // 4
+    call[0], call[1], call[2], call[3] = x.ctypes.data, x.shape[1], sums.ctypes.data, out.shape[0]
+    call[4], call[5], call[6] = weight[1], weight[3], weight[4]
+    call[7], call[8] = groups * thread // threads * 4, min(groups * (thread + 1) // threads * 4, weight[2])
+    call[9], call[10], call[11] = out.ctypes.data + 4 * column, out.shape[1], add
+    call_product(weight[0], call.ctypes.data)
