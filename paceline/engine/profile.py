@@ -103,8 +103,8 @@ def measure_costs(
 
 def _time(run: Callable[[Shape], float], shapes: Sequence[Shape], on_progress: Progress) -> dict[Shape, float]:
     """The fastest time of each shape that there was time for."""
+    run(shapes[0])  # a first forward pays for what is set up once, such as compiling for this CPU
     started = time.perf_counter()
-    run(shapes[0])  # a first forward pays for what is set up once
     times: dict[Shape, float] = {}
     for shape in shapes:
         if len(times) >= 2 and time.perf_counter() - started > _FIRST_SECONDS:
