@@ -26,8 +26,11 @@ class EngineConfig:
     """
 
     dtype: str = "auto"
-    """`auto` (bf16 where the hardware has it, else fp32), `float32`, `bfloat16`, or `file`: `auto`, but on a CPU
-    weights of a GGUF file in Q4_0, Q4_1 or Q8_0 stay in 4 and 8 bits."""
+    """`auto` (on a CPU, weights of a GGUF file in Q4_0, Q4_1 or Q8_0 stay in 4 and 8 bits; otherwise bf16 where the
+    hardware has it, else fp32), `float32` or `bfloat16`."""
+    activations: str = "auto"
+    """What weights kept in 4 and 8 bits are multiplied with: `auto`, inputs rounded to 8 bits with a scale for every
+    32 where the CPU has instructions for it, or `float32`, inputs as they are (slower)."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
     max_model_len: int | None = None
@@ -68,6 +71,12 @@ class EngineConfig:
             ConfigError,
             "dtype",
             f"is {self.dtype!r}; take auto, float32 or bfloat16.",
+        )
+        _require(
+            self.activations in ("auto", "float32"),
+            ConfigError,
+            "activations",
+            f"is {self.activations!r}; take auto or float32.",
         )
 
     @classmethod

@@ -55,6 +55,7 @@ class LLM:
                 model,
                 dtype=self.config.dtype,
                 device=self.config.device,
+                activations=self.config.activations,
                 trust_remote_code=self.config.trust_remote_code,
             )
         self.loaded = model

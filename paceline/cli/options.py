@@ -118,6 +118,13 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
         "hardware has it (default: %(default)s)",
     )
     group.add_argument(
+        "--activations",
+        choices=("auto", "float32"),
+        default=default.activations,
+        help="what weights in 4 and 8 bits are multiplied with on a CPU: auto rounds it to 8 bits as llama.cpp does, "
+        "float32 does not and is slower (default: %(default)s)",
+    )
+    group.add_argument(
         "--device",
         default=default.device,
         metavar="D",
@@ -157,7 +164,7 @@ def engine_options(args: argparse.Namespace, speculation: str | None = None) -> 
         ConfigError: an option is impossible; a speculation spec cannot be read.
     """
     given = vars(args)
-    names = ("dtype", "device", "max_model_len", "num_threads", "rule", "tree")
+    names = ("dtype", "activations", "device", "max_model_len", "num_threads", "rule", "tree")
     options = {name: given[name] for name in names if name in given}
     if speculation is not None:
         options["speculation"] = speculation

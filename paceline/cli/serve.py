@@ -112,6 +112,7 @@ SERVER = (
 )
 ENGINE = (
     Option("dtype", str, "TYPE", "auto, float32 or bfloat16"),
+    Option("activations", str, "TYPE", "of 4- and 8-bit weights on a CPU: auto (8 bits) or float32"),
     Option("device", str, "D", "auto, cpu, cuda or cuda:N"),
     Option("max_model_len", _whole, "N", "longest prompt + output"),
     Option("max_num_seqs", _whole, "N", "most samples that run in one step"),

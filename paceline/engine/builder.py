@@ -191,7 +191,13 @@ def _load_draft(
         return load_draft(model, target)
     # Beside a target in a file's own precision the draft may keep its file's, too.
     name = "auto" if target.kept_kinds else str(target.dtype).removeprefix("torch.")
-    draft = load_model(model, dtype=name, device=str(target.device), trust_remote_code=config.trust_remote_code)
+    draft = load_model(
+        model,
+        dtype=name,
+        device=str(target.device),
+        activations=config.activations,
+        trust_remote_code=config.trust_remote_code,
+    )
     if draft.tokenizer.get_vocab() != target.tokenizer.get_vocab():
         raise SpeculationSpecError(
             f"draft model {model} has another tokenizer than the target.",

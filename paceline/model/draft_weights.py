@@ -115,6 +115,7 @@ def load_draft(name: str, target: LoadedModel) -> LoadedModel:
         eos_token_ids=target.eos_token_ids,
         max_model_len=target.max_model_len,
         kept_kinds=target.kept_kinds,  # those of the head that both share
+        rounds_inputs=target.rounds_inputs,
     )
 
 

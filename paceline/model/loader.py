@@ -13,7 +13,7 @@ import torch
 
 from paceline.errors import ConfigError, CorruptFileError, PacelineError, UnsupportedModelError
 from paceline.model.checks import check_architecture, check_folder, file_with_code, max_positions
-from paceline.model.quantized_loading import can_keep, load_quantized
+from paceline.model.quantized_loading import can_keep, can_round, load_quantized
 from paceline.model.source import resolve_source
 
 __all__ = ["LoadedModel", "check_architecture", "load_model", "resolve_device", "resolve_dtype"]
@@ -46,11 +46,13 @@ class LoadedModel:
     """Longest sequence the model was made for, in tokens."""
     kept_kinds: tuple[str, ...] = ()
     """Types of a GGUF file that matrices are kept in, such as `Q4_1`; empty where all weights are in `dtype`."""
+    rounds_inputs: bool = False
+    """Whether those are multiplied with inputs rounded to 8 bits."""
 
     @property
     def precision(self) -> str:
-        """Its number formats in a word, for records: `float32`, or `Q4_1+Q8_0 in float32`."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        """Its number formats in a word, for records: `float32`, or `Q4_1+Q8_0 in int8`."""
+        dtype = "int8" if self.rounds_inputs else str(self.dtype).removeprefix("torch.")
         return f"{'+'.join(self.kept_kinds)} in {dtype}" if self.kept_kinds else dtype
 
 
@@ -59,6 +61,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "auto",
+    activations: str = "auto",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Find, check and load a model.
@@ -66,8 +69,9 @@ def load_model(
     Args:
         source: see `resolve_source`.
         dtype: of activations and weights, see `resolve_dtype`. With `auto` on a CPU, matrices of a GGUF file in a type
-            that `quantized_loading.py` knows stay in it, and activations are fp32: that model is the target.
+            that `quantized_loading.py` knows stay in it: that model is the target.
         device: see `resolve_device`.
+        activations: what those are multiplied with, see `EngineConfig`.
         trust_remote_code: run modelling or tokenizer code that ships with the checkpoint.
 
     Raises:
@@ -87,9 +91,10 @@ def load_model(
         check_architecture(config)
         tokenizer = _read_tokenizer(path, trust_remote_code)
         if keep:
-            model, kept_kinds = _keep_weights(path, config, torch_dtype)
+            rounds = activations == "auto" and can_round()
+            model, kept_kinds = _keep_weights(path, config, torch_dtype, rounds)
         else:
-            model, kept_kinds = _read_weights(path, config, torch_dtype, trust_remote_code), ()
+            model, kept_kinds, rounds = _read_weights(path, config, torch_dtype, trust_remote_code), (), False
     text_config = model.config.get_text_config()
     return LoadedModel(
         name=source,
@@ -102,6 +107,7 @@ def load_model(
         eos_token_ids=_eos_token_ids(model, text_config, tokenizer),
         max_model_len=max_positions(text_config),
         kept_kinds=kept_kinds,
+        rounds_inputs=rounds,
     )
 
 
@@ -168,9 +174,9 @@ def _read_tokenizer(path: Path, trust_remote_code: bool) -> Any:
         raise _unreadable(path / "tokenizer.json", error) from error
 
 
-def _keep_weights(path: Path, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+def _keep_weights(path: Path, config: Any, dtype: torch.dtype, rounds: bool) -> tuple[Any, tuple[str, ...]]:
     try:
-        return load_quantized(path, config, dtype)
+        return load_quantized(path, config, dtype, rounds_inputs=rounds)
     except PacelineError:
         raise
     except Exception as error:  # a config that no model can be built from, a weights file that is none

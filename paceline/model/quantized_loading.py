@@ -1,6 +1,6 @@
 """Build a `transformers` model whose matrices stay in the blocks of the GGUF file that they came from.
 
-They run as they are (`TiledLinear`): same levels, scales and minimums, in fp32.
+They run as they are (`TiledLinear`): same levels, scales and minimums; inputs are rounded to 8 bits, or not.
 
 Peak memory is the model plus one matrix: both files are mapped, and the dequantised one is read only for what has no
 blocks (norms, biases, matrices of other types).
@@ -37,13 +37,26 @@ def can_keep(folder: Path) -> bool:
     return False
 
 
-def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, tuple[str, ...]]:
+def can_round() -> bool:
+    """Whether this CPU multiplies inputs of 8 bits; a line says if it does not."""
+    from paceline.model.native.integer_kernel import integer_instructions
+
+    if integer_instructions():
+        return True
+    logger.warning("this CPU has neither AVX2 nor VNNI: activations stay in float32, which is slower")
+    return False
+
+
+def load_quantized(
+    folder: Path, config: Any, dtype: torch.dtype, *, rounds_inputs: bool = False
+) -> tuple[Any, tuple[str, ...]]:
     """Load a folder that `can_keep` said yes to.
 
     Args:
         folder: the checkpoint.
         config: its `transformers` config.
         dtype: of activations, and of all weights that are not kept.
+        rounds_inputs: whether the inputs of kept matrices are rounded to 8 bits.
 
     Returns:
         The `transformers` model on the CPU, and the GGUF types that were kept, in alphabetical order.
@@ -61,7 +74,8 @@ def load_quantized(folder: Path, config: Any, dtype: torch.dtype) -> tuple[Any, 
     for name in _matrices(model, kinds):
         place = _HEAD if name == _EMBEDDING else name.removesuffix(".weight")
         bias = _bias(model.get_submodule(place), f"{place}.bias", rest, folder / _WEIGHTS)
-        model.set_submodule(place, tile_blocks(take_apart(_stored(path, name), kinds[name]), bias, dtype))
+        blocks = take_apart(_stored(path, name), kinds[name])
+        model.set_submodule(place, tile_blocks(blocks, bias, dtype, rounds_inputs=rounds_inputs))
     _fill(model, rest, folder / _WEIGHTS)
     return model, tuple(sorted(set(kinds.values())))
 

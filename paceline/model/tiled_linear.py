@@ -1,6 +1,7 @@
 """Linear layers whose weights lie in tiles for `native/matmul.py`: the bytes of a GGUF file as they are, bf16, or fp32.
 
-All compute in fp32 with fp32 inputs, so a layer in Q4_1 gives what its dequantised weight gives, to fp32 rounding.
+A layer takes fp32 inputs as they are, and gives what its dequantised weight gives, to fp32 rounding; or, over the
+blocks of a file, it rounds them to 8 bits with a scale for every 32, as llama.cpp does, and multiplies whole numbers.
 A row's result does not depend on the other rows of the call, nor on threads, to the last bit.
 """
 
@@ -28,6 +29,7 @@ class TiledLinear(nn.Module):
         out_features: N, without what was filled up.
         bias: added to the product, if given.  # [N]
         dtype: of inputs and outputs.
+        rounds_inputs: whether inputs are rounded to 8 bits first.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class TiledLinear(nn.Module):
         out_features: int,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        *,
+        rounds_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self.kind, self.dtype = kind, dtype
+        self.kind, self.dtype, self.rounds_inputs = kind, dtype, rounds_inputs
         self.tiles, self.blocks = int(levels.shape[0]), int(levels.shape[1])
         self.in_features, self.out_features = self.blocks * BLOCK, out_features
         self.levels, self.numbers = _aligned(levels), None if numbers is None else _aligned(numbers)
@@ -58,10 +62,12 @@ class TiledLinear(nn.Module):
 
     def dequantise(self) -> torch.Tensor:
         """The weight that the layer multiplies with, exactly.  # fp32 [N, K]"""
-        levels = self.levels
-        if self.kind == "Q4":  # [T, G, 16, lanes]
+        levels = self.levels  # [T, G, 4 or 8, lanes, 4] or [T, G, 32, lanes]
+        if self.kind == "Q4":
             levels = torch.cat([levels & 15, levels >> 4], dim=2)
-        weight = levels.float()  # [T, G, 32, lanes]
+        if self.numbers is not None:
+            levels = levels.transpose(3, 4).reshape(self.tiles, self.blocks, BLOCK, LANES)
+        weight = levels.float()
         if self.numbers is not None:
             numbers = self.numbers.float()  # [T, G, 2 or 1, lanes]
             weight = weight * numbers[:, :, :1]
@@ -80,24 +86,29 @@ class TiledLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+        inputs = ", inputs in 8 bits" if self.rounds_inputs else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}{inputs}"
 
 
-def tile_blocks(blocks: Blocks, bias: torch.Tensor | None, dtype: torch.dtype) -> TiledLinear:
+def tile_blocks(
+    blocks: Blocks, bias: torch.Tensor | None, dtype: torch.dtype, *, rounds_inputs: bool = False
+) -> TiledLinear:
     """A layer over a GGUF matrix: the same levels, scales and minimums.
 
     Args:
         blocks: read, not kept.
         bias: see `TiledLinear`.
         dtype: see `TiledLinear`.
+        rounds_inputs: see `TiledLinear`.
     """
-    rows = len(blocks.levels)
+    rows, kind = len(blocks.levels), "Q8" if blocks.levels.dtype is torch.int8 else "Q4"
     levels = _lanes_last(blocks.levels, BLOCK)  # [T, G, 32, lanes]
-    if blocks.levels.dtype is torch.int8:
-        return TiledLinear("Q8", levels, _halves(blocks.scales), rows, bias, dtype)
-    half = BLOCK // 2
-    numbers = torch.cat([_halves(blocks.scales), _halves(blocks.minimums)], dim=2)
-    return TiledLinear("Q4", levels[:, :, :half] | (levels[:, :, half:] << 4), numbers, rows, bias, dtype)
+    levels = levels.reshape(*levels.shape[:2], BLOCK // 4, 4, LANES).transpose(3, 4)  # [T, G, 8, lanes, 4]
+    numbers = _halves(blocks.scales)
+    if kind == "Q4":
+        levels = levels[:, :, :4] | (levels[:, :, 4:] << 4)
+        numbers = torch.cat([numbers, _halves(blocks.minimums)], dim=2)
+    return TiledLinear(kind, levels, numbers, rows, bias, dtype, rounds_inputs=rounds_inputs)
 
 
 def tile_weight(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> TiledLinear:

@@ -23,6 +23,7 @@ from paceline.errors import CorruptFileError, PacelineError, UnsupportedModelErr
 from paceline.model import loader, quantized_loading
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
+from paceline.model.native import integer_kernel
 from paceline.model.packed_linear import PackedLinear
 from paceline.model.quantized_embedding import QuantizedEmbedding
 from paceline.model.tiled_linear import TiledLinear
@@ -61,25 +62,39 @@ def engine_logits(loaded: LoadedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize(("arch", "tied"), [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
 @pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("activations", ["float32", "auto"])
 def test_the_files_precision_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, arch: str, tied: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: str, kind: Kind, arch: str, tied: bool
 ) -> None:
-    monkeypatch.setattr(loader, "resolve_dtype", lambda *_: torch.bfloat16)  # activations are fp32 on every CPU
+    monkeypatch.setattr(loader, "resolve_dtype", lambda *_: torch.bfloat16)  # fp32 around the products on every CPU
     path, reference = made(tmp_path, kind, arch, tied)
-    loaded = load_model(str(path), device="cpu")
+    loaded = load_model(str(path), device="cpu", activations=activations)
+    rounds = activations == "auto"
+    assert loaded.rounds_inputs == rounds
     assert loaded.kept_kinds == (kind.name,)
     assert loaded.model.dtype == loaded.dtype == torch.float32
-    assert loaded.precision == f"{kind.name} in float32"
+    assert loaded.precision == f"{kind.name} in {'int8' if rounds else 'float32'}"
     layers = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Linear | TiledLinear)]
     assert {getattr(layer, "kind", None) for layer in layers} == {"Q8" if kind is Kind.Q8_0 else "Q4"}
     assert len(layers) == 2 * 7 + 1
+    assert all(layer.rounds_inputs == rounds for layer in layers)
     embedding = loaded.model.get_input_embeddings()
     assert isinstance(embedding, QuantizedEmbedding)
     assert torch.equal(embedding(IDS), reference.model.embed_tokens(IDS).to(loaded.dtype))
     with torch.inference_mode():
         expected = plain(loaded, reference)(IDS).logits
     error = (engine_logits(loaded) - expected).norm() / expected.norm()
-    assert error < 1e-5
+    assert error < (0.05 if rounds else 1e-5)
+
+
+def test_a_cpu_without_the_instructions_does_not_round_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(integer_kernel, "integer_instructions", lambda: "")
+    path, _ = made(tmp_path, Kind.Q4_0)
+    assert not load_model(str(path), device="cpu").rounds_inputs
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "float32" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [*KEPT, Kind.F16, Kind.F32])
@@ -111,7 +126,7 @@ def test_matrices_of_other_types_are_dequantised(tmp_path: Path, monkeypatch: py
     table = tiny.make_model("llama", tied=True).model.embed_tokens.weight.half().numpy()
     mixture = {"blk.1.ffn_down.weight": (raw, Kind.Q6_K), "token_embd.weight": (table, Kind.F16)}
     path, reference = made(tmp_path, Kind.Q4_0, tied=True, raw=mixture)
-    loaded = load_model(str(path), dtype="auto", device="cpu")
+    loaded = load_model(str(path), dtype="auto", device="cpu", activations="float32")
     assert loaded.kept_kinds == ("Q4_0",)
     down = loaded.model.model.layers[1].mlp.down_proj
     assert torch.equal(down.weight, reference.model.layers[1].mlp.down_proj.weight.to(loaded.dtype))

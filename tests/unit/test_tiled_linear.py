@@ -14,7 +14,8 @@ from paceline.model.gguf_blocks import BLOCK_BYTES, dequantise, take_apart
 from paceline.model.quantized_embedding import QuantizedEmbedding
 from paceline.model.tiled_linear import TiledLinear, tile_blocks, tile_linears, tile_weight
 
-KINDS = (*BLOCK_BYTES, "BF16", "F32")
+ROUNDING = tuple(f"{kind} in 8 bits" for kind in BLOCK_BYTES)
+KINDS = (*BLOCK_BYTES, *ROUNDING, "BF16", "F32")
 SHAPES = [(32, 16), (64, 107), (96, 48), (576, 192), (1536, 80), (64, 1)]  # in, out
 ROWS = (0, 1, 2, 3, 4, 5, 8, 16, 33, 64)
 
@@ -51,11 +52,20 @@ def make(
     shape: tuple[int, int], kind: str, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> TiledLinear:
     """A layer over a random matrix."""
+    kind, _, rounds = kind.partition(" in ")
     if kind in BLOCK_BYTES:
-        return tile_blocks(take_apart(stored(shape, kind), kind), bias, dtype)
+        return tile_blocks(take_apart(stored(shape, kind), kind), bias, dtype, rounds_inputs=bool(rounds))
     torch.manual_seed(0)
     weight = torch.randn(*shape[::-1])
     return tile_weight(weight.bfloat16() if kind == "BF16" else weight, bias, dtype)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Inputs as a layer that rounds them sees them: 127 steps up to the largest of every 32."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    whole = torch.where(largest > 0, (blocks * (torch.tensor(127.0) / largest)).round(), 0.0).double()
+    return (whole * (largest / 127)).reshape(x.shape)
 
 
 @pytest.mark.parametrize("kind", BLOCK_BYTES)
@@ -72,10 +82,11 @@ def test_blocks_are_read_as_gguf_reads_them(kind: str) -> None:
     assert torch.equal(dequantise(every, kind), slow_dequantise(every, kind))
 
 
-@pytest.mark.parametrize("kind", BLOCK_BYTES)
+@pytest.mark.parametrize("kind", [*BLOCK_BYTES, *ROUNDING])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tiles_hold_the_files_weights_exactly(shape: tuple[int, int], kind: str) -> None:
-    assert torch.equal(make(shape, kind).dequantise(), dequantise(stored(shape, kind), kind))
+    name = kind.partition(" in ")[0]
+    assert torch.equal(make(shape, kind).dequantise(), dequantise(stored(shape, name), name))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -93,7 +104,8 @@ def test_every_shape_and_row_count(kind: str, shape: tuple[int, int], dtype: tor
         got = layer(x)
         assert got.shape == (rows, shape[1])
         assert got.dtype == dtype
-        expected = x.double() @ weight.t() + (0 if layer.bias is None else layer.bias)
+        seen = rounded(x) if layer.rounds_inputs else x.double()
+        expected = seen @ weight.t() + (0 if layer.bias is None else layer.bias)
         scale = x.double().norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
         rounding = 1e-6 * scale + (2**-7 * (expected.abs() + 1) if dtype is torch.bfloat16 else 1e-6)
         assert ((got.double() - expected).abs() <= rounding).all()
@@ -119,12 +131,41 @@ def test_a_row_depends_on_nothing_else(kind: str, threads: int) -> None:
 
 
 def test_shapes_and_strides() -> None:
-    for layer in (make((32, 16), kind) for kind in KINDS):
+    for layer in (make((32, 16), kind) for kind in KINDS if kind not in ROUNDING):
         weight = layer.dequantise()
         for x in (torch.randn(32), torch.randn(1, 1, 32), torch.randn(32, 6).t(), torch.randn(6, 64)[:, ::2]):
             got = layer(x)
             assert got.shape == (*x.shape[:-1], 16)
             assert torch.allclose(got, x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ROUNDING)
+def test_the_largest_sums_fit(kind: str) -> None:
+    """Levels and inputs at their ends, all of one sign: no sum on the way saturates."""
+    layer, name = make((64, 16), kind), kind.partition(" in ")[0]
+    for byte in (0x00, 0xFF, 0x7F, 0x80):
+        rows = stored((64, 16), name)
+        rows.view(16, 2, -1)[:, :, 2 if name != "Q4_1" else 4 :] = byte
+        layer = tile_blocks(take_apart(rows, name), None, torch.float32, rounds_inputs=True)
+        for x in (torch.ones(1, 64), -torch.ones(1, 64), torch.tensor([[1.0, -1.0]]).repeat(1, 32)):
+            exact = x.double() @ layer.dequantise().double().t()
+            assert torch.allclose(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROUNDING)
+def test_rows_that_rounding_cannot_hold(kind: str) -> None:
+    """Nothing but zeros is zero; what is not finite stays so, in its row alone."""
+    layer = make((64, 48), kind)
+    x = torch.randn(5, 64)
+    clean = layer(x)
+    x[1] = 0.0
+    x[2, 40], x[3, 3] = float("nan"), float("inf")
+    x[4] *= 1e-42
+    found = layer(x)
+    assert torch.equal(found[0], clean[0])
+    assert not found[1].any()
+    assert not found[2:4].isfinite().any()
+    assert found[4].isfinite().all()
 
 
 def test_rows_at_an_odd_address() -> None:

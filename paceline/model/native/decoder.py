@@ -13,10 +13,11 @@ import torch
 
 from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
+from paceline.model.native.attention import TOGETHER
 from paceline.model.native.forward import forward
 from paceline.model.native.linear import described
-from paceline.model.native.matmul import BLOCK
 from paceline.model.native.team import team
+from paceline.model.native.tiles import BLOCK
 from paceline.model.tiled_linear import LANES, TiledLinear
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class NativeDecoder:
         linears = [linear for layer in layers for linear in _linears(layer)]
         with _announced():
             self._weights = np.array([described(linear) for linear in (*linears, self._head)], dtype=np.int64)
+        self._takes_bytes, self._takes_floats = bool(self._weights[:, 1].any()), not self._weights[:, 1].all()
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self._norms = _stacked([norm.weight for norm in (*norms, body.norm)])
         attention = [layer.self_attn for layer in layers]
@@ -101,7 +103,7 @@ class NativeDecoder:
         Returns:
             Logits and last hidden states of `batch.logit_rows`.  # [R, V], [R, D]
         """
-        rows = _Rows(batch, self._kv.block_size)
+        rows = _Rows(batch, self._kv)
         wanted = np.asarray(batch.logit_rows, dtype=np.int64)
         ids = torch.tensor([t for s in batch.sequences for t in s.token_ids], dtype=torch.int64)
         self._rotary(int(rows.positions.max()) + 1)
@@ -132,10 +134,15 @@ class NativeDecoder:
         widest = max(self._width, self._inner, self._queries)
         h = self._model.get_input_embeddings()(ids).float().contiguous().numpy()
         x = self._room("x", count * widest).reshape(count, widest)
-        sums = self._room("sums", max(count, len(wanted)) * widest // BLOCK)
+        numbers = max(count, len(wanted)) * widest // BLOCK
+        sums = self._room("sums", numbers if self._takes_floats else 0)
+        rounded = self._room("rounded", max(count, len(wanted)) * widest if self._takes_bytes else 0, np.int8)
+        rounded = rounded.reshape(-1, widest)
+        scales = self._room("scales", 2 * numbers if self._takes_bytes else 0)
         qkv = self._room("qkv", count * self._columns).reshape(count, self._columns)
         both = self._room("both", count * 2 * self._inner).reshape(count, 2 * self._inner)
-        scores = self._room("scores", threads * self._group * rows.longest).reshape(threads, self._group, rows.longest)
+        longest = -(-rows.longest // TOGETHER) * TOGETHER
+        scores = self._room("scores", threads * self._group * longest).reshape(threads, self._group, longest)
         logits = torch.empty(len(wanted), self._head.tiles * LANES)
         hidden = torch.empty(len(wanted), self._width)
         visible_at = rows.visible_at[part.start : part.stop + 1]
@@ -149,22 +156,23 @@ class NativeDecoder:
             self._epsilon,
             self._scale,
             self._kv.slots.numpy(),
-            self._kv.block_size,
             rows.slots[part],
             rows.positions[part],
             rows.seen[part],
             rows.visible,
             visible_at,
-            rows.blocks,
-            rows.blocks_at[part],
+            rows.keys,
+            rows.keys_at[part],
             wanted,
             h,
             x,
             sums,
+            rounded,
+            scales,
             qkv,
             both,
             scores,
-            np.empty((threads, rows.longest), np.int64),
+            np.empty((threads, rows.longest + TOGETHER), np.int64),
             hidden.numpy(),
             logits.numpy(),
         )
@@ -172,11 +180,11 @@ class NativeDecoder:
             crew.run(lambda thread, threads, place: forward(thread, threads, place, *arguments))
         return logits, hidden
 
-    def _room(self, name: str, size: int) -> np.ndarray:
+    def _room(self, name: str, size: int, dtype: type[np.generic] = np.float32) -> np.ndarray:
         """Scratch that stays between steps."""
         found = self._scratch.get(name)
         if found is None or found.size < size:
-            found = self._scratch[name] = np.empty(size, np.float32)
+            found = self._scratch[name] = np.empty(size, dtype)
         return found[:size]
 
     def _rotary(self, positions: int) -> None:
@@ -212,19 +220,21 @@ _compiled = False
 class _Rows:
     """What the native forward needs to know of every row of a batch."""
 
-    def __init__(self, batch: ForwardBatch, block_size: int) -> None:
+    def __init__(self, batch: ForwardBatch, kv: PagedKV) -> None:
+        block_size, slot_bytes = kv.block_size, kv.slots[0, 0, 0].nbytes
         self.positions = np.concatenate([s.positions for s in batch.sequences]).astype(np.int64)
-        slots, seen, visible, lengths, blocks, blocks_at = [], [], [], [], [], []
-        num_blocks = 0
+        slots, seen, visible, lengths, keys, keys_at = [], [], [], [], [], []
+        num_keys = 0
         self.longest = 1
         for s in batch.sequences:
             n = len(s.token_ids)
             end = s.context_len + n
             self.longest = max(self.longest, end)
-            slots.append(slots_of(s.blocks, block_size, s.context_len, end))
-            blocks.append(np.asarray(s.blocks, dtype=np.int64))
-            blocks_at.append(np.full(n, num_blocks))
-            num_blocks += len(s.blocks)
+            own = slots_of(s.blocks, block_size, 0, end)
+            slots.append(own[s.context_len :])
+            keys.append(np.pad(own * slot_bytes, (0, TOGETHER - 1), mode="edge"))
+            keys_at.append(np.full(n, num_keys))
+            num_keys += len(keys[-1])
             if s.visible is None:
                 seen.append(s.context_len + 1 + np.arange(n))
                 lengths.append(np.zeros(n, dtype=np.int64))
@@ -237,8 +247,8 @@ class _Rows:
         self.seen = np.concatenate(seen).astype(np.int64)
         self.visible = np.concatenate(visible) if visible else np.zeros(0, dtype=np.bool_)
         self.visible_at = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-        self.blocks = np.concatenate(blocks)
-        self.blocks_at = np.concatenate(blocks_at).astype(np.int64)
+        self.keys = np.concatenate(keys).astype(np.int64)
+        self.keys_at = np.concatenate(keys_at).astype(np.int64)
 
 
 def _stacked(tensors: list[torch.Tensor], width: int = 0) -> np.ndarray:

@@ -6,9 +6,10 @@ import numpy as np
 from numba import njit
 
 from paceline.model.native.attention import attend
-from paceline.model.native.matmul import BLOCK, CALL, block_sums, multiply_part
+from paceline.model.native.matmul import CALL, block_sums, multiply_part, round_row
 from paceline.model.native.rows import gate, rms_norm, rotate
 from paceline.model.native.team import meet
+from paceline.model.native.tiles import BLOCK
 
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
 """Matrices of a layer, in the order of the table of weights."""
@@ -29,18 +30,19 @@ def forward(
     epsilon: float,
     scale: float,
     kv: np.ndarray,
-    block_size: int,
     slots: np.ndarray,
     positions: np.ndarray,
     seen: np.ndarray,
     visible: np.ndarray,
     visible_at: np.ndarray,
-    blocks: np.ndarray,
-    blocks_at: np.ndarray,
+    keys: np.ndarray,
+    keys_at: np.ndarray,
     wanted: np.ndarray,
     h: np.ndarray,
     x: np.ndarray,
     sums: np.ndarray,
+    rounded: np.ndarray,
+    scales: np.ndarray,
     qkv: np.ndarray,
     both: np.ndarray,
     scores: np.ndarray,
@@ -54,8 +56,7 @@ def forward(
         thread: which.
         threads: of how many.
         place: address of their barrier's counter.
-        weights: address of the product, blocks, tiles, addresses of levels and numbers; seven a layer, then the
-            head's.  # [7 * L + 1, 5]
+        weights: see `matmul.WEIGHT`; seven a layer, then the head's.  # [7 * L + 1, WEIGHT]
         norms: before attention and MLP of each layer, then the last.  # [2 * L + 1, D]
         head_norms: of query and key heads, or none.  # [2 * L or 0, d]
         biases: of query, key and value, or none.  # [L or 0, Q]
@@ -64,22 +65,23 @@ def forward(
         epsilon: of all norms.
         scale: of attention scores.
         kv: the pool.  # [L, 2, slots, kv_heads, d]
-        block_size: slots of a block.
         slots: where rows go.  # [M]
         positions: of rows.  # [M]
         seen: keys from a sequence's first that a row sees without exception.  # [M]
         visible: which of those behind them each row sees, row after row.
         visible_at: where a row's begin; one more than rows.  # [M + 1]
-        blocks: of all sequences.
-        blocks_at: where those of a row's sequence begin.  # [M]
+        keys: where each sequence's keys lie, in bytes behind the first slot's.
+        keys_at: where those of a row's sequence begin.  # [M]
         wanted: rows whose logits are wanted.  # [R]
         h: embeddings; overwritten.  # [M, D]
         x: scratch.  # [M, widest input]
-        sums: scratch.  # [M * widest input / 32]
+        sums: scratch, if a product takes fp32 rows.  # [M * widest input / 32 or 0]
+        rounded: scratch, if one takes rows in 8 bits.  # int8 [M or 0, widest input]
+        scales: likewise.  # [M * widest input / 32 * 2 or 0]
         qkv: scratch.  # [M, Q]
         both: scratch.  # [M, 2 * I]
-        scores: scratch.  # [threads, query heads of a KV head, longest context]
-        places: scratch.  # int64 [threads, longest context]
+        scores: scratch.  # [threads, query heads of a KV head, longest context rounded up]
+        places: scratch.  # int64 [threads, longest context and some]
         hidden: last hidden states of the wanted rows.  # [R, D]
         logits: their logits.  # [R, V, filled up to a multiple of 16]
     """
@@ -91,11 +93,11 @@ def forward(
     for layer in range(layers):
         own = weights[MATRICES * layer : MATRICES * (layer + 1)]
         for r in range(thread, rows, threads):
-            _normed(h[r], norms[2 * layer], epsilon, x[r], sums, r)
+            _normed(h[r], norms[2 * layer], epsilon, x[r], sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[QUERY], x, sums, qkv, 0, False, thread, threads, call)
-        multiply_part(own[KEY], x, sums, qkv, key_at, False, thread, threads, call)
-        multiply_part(own[VALUE], x, sums, qkv, value_at, False, thread, threads, call)
+        multiply_part(own[QUERY], x, sums, rounded, scales, qkv, 0, False, thread, threads, call)
+        multiply_part(own[KEY], x, sums, rounded, scales, qkv, key_at, False, thread, threads, call)
+        multiply_part(own[VALUE], x, sums, rounded, scales, qkv, value_at, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             if len(biases):
@@ -109,15 +111,14 @@ def forward(
             kv[layer, 0, slots[r]] = qkv[r, key_at:value_at].reshape(kv_heads, size)
             kv[layer, 1, slots[r]] = qkv[r, value_at:].reshape(kv_heads, size)
         met = meet(place, threads, met)
-        for item in range(thread, rows * kv_heads, threads):
-            r, head = item // kv_heads, item % kv_heads
+        # A head's rows one after the other: those of a sequence read the same keys.
+        for item in range(rows * kv_heads * thread // threads, rows * kv_heads * (thread + 1) // threads):
+            head, r = item // rows, item % rows
             attend(
                 qkv[r, head * group * size : (head + 1) * group * size].reshape(group, size),
-                kv[layer, 0],
-                kv[layer, 1],
-                head,
-                blocks[blocks_at[r] :],
-                block_size,
+                kv[layer, 0, 0, head].ctypes.data,
+                kv[layer, 1, 0, head].ctypes.data,
+                keys[keys_at[r] :],
                 seen[r],
                 visible[visible_at[r] : visible_at[r + 1]],
                 scale,
@@ -127,36 +128,49 @@ def forward(
             )
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
-            _summed(x[r], key_at, sums, r)
+            _known(x[r], key_at, sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[OUTPUT], x, sums, h, 0, True, thread, threads, call)
+        multiply_part(own[OUTPUT], x, sums, rounded, scales, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
-            _normed(h[r], norms[2 * layer + 1], epsilon, x[r], sums, r)
+            _normed(h[r], norms[2 * layer + 1], epsilon, x[r], sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[GATE], x, sums, both, 0, False, thread, threads, call)
-        multiply_part(own[UP], x, sums, both, inner, False, thread, threads, call)
+        multiply_part(own[GATE], x, sums, rounded, scales, both, 0, False, thread, threads, call)
+        multiply_part(own[UP], x, sums, rounded, scales, both, inner, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             gate(both[r], x[r, :inner])
-            _summed(x[r], inner, sums, r)
+            _known(x[r], inner, sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[DOWN], x, sums, h, 0, True, thread, threads, call)
+        multiply_part(own[DOWN], x, sums, rounded, scales, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
     for i in range(thread, len(wanted), threads):
         rms_norm(h[wanted[i]], norms[2 * layers], epsilon, hidden[i])
-        _summed(hidden[i], width, sums, i)
+        _known(hidden[i], width, sums, rounded, scales, i)
     met = meet(place, threads, met)
-    multiply_part(weights[MATRICES * layers], hidden, sums, logits, 0, False, thread, threads, call)
+    multiply_part(weights[MATRICES * layers], hidden, sums, rounded, scales, logits, 0, False, thread, threads, call)
 
 
 @njit(nogil=True, error_model="numpy")
-def _normed(h: np.ndarray, weight: np.ndarray, epsilon: float, x: np.ndarray, sums: np.ndarray, row: int) -> None:
+def _normed(
+    h: np.ndarray,
+    weight: np.ndarray,
+    epsilon: float,
+    x: np.ndarray,
+    sums: np.ndarray,
+    rounded: np.ndarray,
+    scales: np.ndarray,
+    row: int,
+) -> None:
     rms_norm(h, weight, epsilon, x[: h.shape[0]])
-    _summed(x, h.shape[0], sums, row)
+    _known(x, h.shape[0], sums, rounded, scales, row)
 
 
 @njit(nogil=True, error_model="numpy")
-def _summed(x: np.ndarray, width: int, sums: np.ndarray, row: int) -> None:
+def _known(x: np.ndarray, width: int, sums: np.ndarray, rounded: np.ndarray, scales: np.ndarray, row: int) -> None:
+    """What products need to know of a row beside its values."""
     blocks = width // BLOCK
-    block_sums(x[:width], sums[row * blocks : (row + 1) * blocks])
+    if sums.shape[0]:
+        block_sums(x[:width], sums[row * blocks : (row + 1) * blocks])
+    if rounded.shape[0]:
+        round_row(x[:width], rounded[row, :width], scales[2 * row * blocks : 2 * (row + 1) * blocks])

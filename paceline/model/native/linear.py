@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from paceline.model.native.matmul import CALL, block_sums, multiply_part, product_address
+from paceline.model.native.matmul import CALL, block_sums, multiply_part, product_address, round_row
 from paceline.model.native.team import team
 
 if TYPE_CHECKING:
@@ -21,29 +21,42 @@ _WORTH_SHARING = 1 << 22
 def described(layer: TiledLinear) -> list[int]:
     """A layer's weight as `multiply_part` takes it; it must outlive its use there."""
     numbers = 0 if layer.numbers is None else layer.numbers.data_ptr()
-    return [product_address(layer.kind), layer.blocks, layer.tiles, layer.levels.data_ptr(), numbers]
+    address = product_address(layer.kind, layer.rounds_inputs)
+    return [address, layer.rounds_inputs, layer.blocks, layer.tiles, layer.levels.data_ptr(), numbers]
 
 
 def multiply(layer: TiledLinear, rows: torch.Tensor) -> torch.Tensor:
     """The product of fp32 rows with a layer's weight.  # [M, K] -> [M, N]"""
     x = rows.contiguous().numpy()
-    sums = torch.empty(len(x), layer.blocks).numpy()
+    sums = torch.empty(len(x), layer.blocks * (2 if layer.rounds_inputs else 1)).numpy()
+    rounded = np.empty(x.shape if layer.rounds_inputs else (0, 0), np.int8)
     filled = torch.empty(len(x), layer.tiles * 16)
     weight, out = np.array(described(layer), dtype=np.int64), filled.numpy()
-    _sums(x, sums)
+    _prepare(x, sums, rounded)
     if x.size * layer.out_features >= _WORTH_SHARING:
-        team().run(lambda thread, threads, _: _product(weight, x, sums, out, thread, threads))
+        team().run(lambda thread, threads, _: _product(weight, x, sums, rounded, out, thread, threads))
     else:
-        _product(weight, x, sums, out, 0, 1)
+        _product(weight, x, sums, rounded, out, 0, 1)
     return filled[:, : layer.out_features]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _sums(x: np.ndarray, sums: np.ndarray) -> None:
+def _prepare(x: np.ndarray, sums: np.ndarray, rounded: np.ndarray) -> None:
     for row in range(len(x)):
-        block_sums(x[row], sums[row])
+        if rounded.size:
+            round_row(x[row], rounded[row], sums[row])
+        else:
+            block_sums(x[row], sums[row])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _product(weight: np.ndarray, x: np.ndarray, sums: np.ndarray, out: np.ndarray, thread: int, threads: int) -> None:
-    multiply_part(weight, x, sums, out, 0, False, thread, threads, np.empty(CALL, np.int64))
+def _product(
+    weight: np.ndarray,
+    x: np.ndarray,
+    sums: np.ndarray,
+    rounded: np.ndarray,
+    out: np.ndarray,
+    thread: int,
+    threads: int,
+) -> None:
+    multiply_part(weight, x, sums, rounded, sums, out, 0, False, thread, threads, np.empty(CALL, np.int64))
