@@ -14,8 +14,11 @@ Shapes: N rows of K weights in G = K / 32 blocks, B bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 BLOCK = 32
 """Weights in a block."""
@@ -48,23 +51,36 @@ def take_apart(rows: torch.Tensor, kind: str) -> Blocks:
         rows: the bytes as they stand in the file, uint8.  # [N, B]
         kind: `Q4_0`, `Q4_1` or `Q8_0`.
     """
-    blocks = rows.reshape(len(rows), rows.shape[-1] // BLOCK_BYTES[kind], BLOCK_BYTES[kind])  # [N, G, bytes of a block]
-    scales = _halves(blocks[..., :2])
-    if kind == "Q8_0":
-        levels = blocks[..., 2:].contiguous().view(torch.int8)
-        return Blocks(levels.flatten(1), scales, torch.zeros_like(scales))
-    minimums = _halves(blocks[..., 2:4]) if kind == "Q4_1" else -8.0 * scales
-    pairs = blocks[..., -BLOCK // 2 :]
-    return Blocks(torch.cat([pairs & 15, pairs >> 4], dim=-1).flatten(1), scales, minimums)
+    levels, scales, minimums = _parts(rows.numpy(), kind)
+    return Blocks(
+        torch.from_numpy(levels.reshape(len(rows), levels.shape[1] * BLOCK)),
+        torch.from_numpy(scales),
+        torch.from_numpy(minimums),
+    )
 
 
 def dequantise(rows: torch.Tensor, kind: str) -> torch.Tensor:
     """The weights of stored rows, to the bit what the `gguf` package computes.  # uint8 [N, B] -> fp32 [N, K]"""
-    blocks = take_apart(rows, kind)
-    levels = blocks.levels.reshape(*blocks.scales.shape, BLOCK).float()
-    return (levels * blocks.scales[..., None] + blocks.minimums[..., None]).flatten(1)
+    return torch.from_numpy(dequantised(rows.numpy(), kind))
 
 
-def _halves(raw: torch.Tensor) -> torch.Tensor:
-    """Two bytes each as the f16 number they are.  # uint8 [N, G, 2] -> fp32 [N, G]"""
-    return raw.contiguous().view(torch.float16)[..., 0].float()
+def dequantised(rows: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    """The same on arrays, where few rows take a tenth of the time.  # uint8 [N, B] -> fp32 [N, K]"""
+    levels, scales, minimums = _parts(rows, kind)
+    weights = levels.astype(np.float32)
+    weights *= scales[..., None]
+    weights += minimums[..., None]
+    return weights.reshape(len(rows), weights.shape[1] * BLOCK)
+
+
+def _parts(rows: NDArray[np.uint8], kind: str) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]:
+    """Levels, scales and minimums.  # [N, G, 32], [N, G], [N, G]"""
+    blocks = rows.reshape(len(rows), rows.shape[-1] // BLOCK_BYTES[kind], BLOCK_BYTES[kind])  # [N, G, bytes of a block]
+    count = 2 if kind == "Q4_1" else 1
+    numbers = np.ascontiguousarray(blocks[..., : 2 * count]).view(np.float16).astype(np.float32)
+    scales = np.ascontiguousarray(numbers[..., 0])
+    if kind == "Q8_0":
+        return np.ascontiguousarray(blocks[..., 2:]).view(np.int8), scales, np.zeros_like(scales)
+    minimums = np.ascontiguousarray(numbers[..., 1]) if kind == "Q4_1" else np.float32(-8.0) * scales
+    pairs = blocks[..., -BLOCK // 2 :]
+    return np.concatenate([pairs & 15, pairs >> 4], axis=-1), scales, minimums

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from paceline.model.gguf_blocks import columns, dequantise
+from paceline.model.gguf_blocks import columns, dequantise, dequantised
 
 
 class QuantizedEmbedding(nn.Module):
@@ -25,7 +27,7 @@ class QuantizedEmbedding(nn.Module):
         self.num_embeddings = int(rows.shape[0])
         self.embedding_dim = columns(int(rows.shape[1]), kind)
         self.kind, self.dtype = kind, dtype
-        self._rows = rows
+        self._rows, self._raw = rows, rows.numpy()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -34,8 +36,12 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map `[...]` to `[..., K]`."""
-        rows = self._rows[ids.reshape(-1)]
-        return dequantise(rows, self.kind).to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+        found = torch.from_numpy(self.look_up(ids.reshape(-1).numpy()))
+        return found.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    def look_up(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The same for arrays, in fp32.  # [n] -> [n, K]"""
+        return dequantised(self._raw[ids], self.kind)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.kind}"

@@ -14,10 +14,12 @@ import torch
 from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
 from paceline.model.native.attention import TOGETHER
-from paceline.model.native.forward import forward
+from paceline.model.native.forward import ARGUMENTS, forward_address
 from paceline.model.native.linear import described
+from paceline.model.native.packed import WORDS, pack
 from paceline.model.native.team import team
 from paceline.model.native.tiles import BLOCK
+from paceline.model.quantized_embedding import QuantizedEmbedding
 from paceline.model.tiled_linear import LANES, TiledLinear
 
 if TYPE_CHECKING:
@@ -80,6 +82,8 @@ class NativeDecoder:
         linears = [linear for layer in layers for linear in _linears(layer)]
         with _announced():
             self._weights = np.array([described(linear) for linear in (*linears, self._head)], dtype=np.int64)
+            self._forward = forward_address()
+        self._words = np.zeros(WORDS * ARGUMENTS, np.int64)
         self._takes_bytes, self._takes_floats = bool(self._weights[:, 1].any()), not self._weights[:, 1].all()
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self._norms = _stacked([norm.weight for norm in (*norms, body.norm)])
@@ -105,7 +109,7 @@ class NativeDecoder:
         """
         rows = _Rows(batch, self._kv)
         wanted = np.asarray(batch.logit_rows, dtype=np.int64)
-        ids = torch.tensor([t for s in batch.sequences for t in s.token_ids], dtype=torch.int64)
+        ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)
         self._rotary(int(rows.positions.max()) + 1)
         if len(ids) <= _ROWS:
             logits, hidden = self._part(rows, slice(0, len(ids)), ids, wanted)
@@ -126,13 +130,11 @@ class NativeDecoder:
         every = torch.full((len(logits), self._vocab_size), float("-inf"))
         return every.index_copy_(1, self._known, logits)
 
-    def _part(
-        self, rows: _Rows, part: slice, ids: torch.Tensor, wanted: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _part(self, rows: _Rows, part: slice, ids: np.ndarray, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         crew, count = team(), len(ids)
         threads = crew.threads  # scratch is for so many, whatever the number is set to meanwhile
         widest = max(self._width, self._inner, self._queries)
-        h = self._model.get_input_embeddings()(ids).float().contiguous().numpy()
+        h = self._embedded(ids)
         x = self._room("x", count * widest).reshape(count, widest)
         numbers = max(count, len(wanted)) * widest // BLOCK
         sums = self._room("sums", numbers if self._takes_floats else 0)
@@ -153,8 +155,8 @@ class NativeDecoder:
             self._biases,
             self._cosines,
             self._sines,
-            self._epsilon,
-            self._scale,
+            float(self._epsilon),
+            float(self._scale),
             self._kv.slots.numpy(),
             rows.slots[part],
             rows.positions[part],
@@ -176,9 +178,16 @@ class NativeDecoder:
             hidden.numpy(),
             logits.numpy(),
         )
-        with _announced():
-            crew.run(lambda thread, threads, place: forward(thread, threads, place, *arguments))
+        pack(arguments, self._words)
+        crew.run(self._forward, self._words)
         return logits, hidden
+
+    def _embedded(self, ids: np.ndarray) -> np.ndarray:
+        table = self._model.get_input_embeddings()
+        if isinstance(table, QuantizedEmbedding):
+            return table.look_up(ids)
+        found: np.ndarray = table(torch.from_numpy(ids)).float().contiguous().numpy()
+        return found
 
     def _room(self, name: str, size: int, dtype: type[np.generic] = np.float32) -> np.ndarray:
         """Scratch that stays between steps."""
@@ -210,7 +219,7 @@ def _announced() -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-    _compiled = bool(forward.signatures)
+    _compiled = True
 
 
 _compiled = False
@@ -221,34 +230,34 @@ class _Rows:
     """What the native forward needs to know of every row of a batch."""
 
     def __init__(self, batch: ForwardBatch, kv: PagedKV) -> None:
-        block_size, slot_bytes = kv.block_size, kv.slots[0, 0, 0].nbytes
-        self.positions = np.concatenate([s.positions for s in batch.sequences]).astype(np.int64)
-        slots, seen, visible, lengths, keys, keys_at = [], [], [], [], [], []
-        num_keys = 0
-        self.longest = 1
-        for s in batch.sequences:
-            n = len(s.token_ids)
-            end = s.context_len + n
-            self.longest = max(self.longest, end)
-            own = slots_of(s.blocks, block_size, 0, end)
-            slots.append(own[s.context_len :])
-            keys.append(np.pad(own * slot_bytes, (0, TOGETHER - 1), mode="edge"))
-            keys_at.append(np.full(n, num_keys))
-            num_keys += len(keys[-1])
+        slot_bytes = kv.slots[0, 0, 0].nbytes
+        counts = [len(s.token_ids) for s in batch.sequences]
+        ends = [s.context_len + n for s, n in zip(batch.sequences, counts, strict=True)]
+        total = sum(counts)
+        self.longest = max(1, *ends)
+        self.positions, self.slots, self.seen, self.keys_at = (np.empty(total, np.int64) for _ in range(4))
+        self.visible_at = np.zeros(total + 1, np.int64)
+        self.keys = np.empty(sum(ends) + len(ends) * (TOGETHER - 1), np.int64)
+        visible, row, key = [], 0, 0
+        for s, n, end in zip(batch.sequences, counts, ends, strict=True):
+            mine, slots = slice(row, row + n), slots_of(s.blocks, kv.block_size, 0, end)
+            self.positions[mine], self.slots[mine], self.keys_at[mine] = s.positions, slots[s.context_len :], key
+            self.keys[key : key + end] = slots
+            self.keys[key + end : key + end + TOGETHER - 1] = slots[-1]
             if s.visible is None:
-                seen.append(s.context_len + 1 + np.arange(n))
-                lengths.append(np.zeros(n, dtype=np.int64))
+                self.seen[mine] = np.arange(s.context_len + 1, end + 1)
             else:
                 width = s.visible.shape[1]
-                seen.append(np.full(n, end - width))
-                lengths.append(np.full(n, width))
-                visible.append(np.ascontiguousarray(s.visible).ravel())
-        self.slots = np.concatenate(slots).astype(np.int64)
-        self.seen = np.concatenate(seen).astype(np.int64)
-        self.visible = np.concatenate(visible) if visible else np.zeros(0, dtype=np.bool_)
-        self.visible_at = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-        self.keys = np.concatenate(keys).astype(np.int64)
-        self.keys_at = np.concatenate(keys_at).astype(np.int64)
+                self.seen[mine], self.visible_at[row + 1 : row + n + 1] = end - width, width
+                visible.append(np.ascontiguousarray(s.visible).reshape(-1))
+            row, key = row + n, key + end + TOGETHER - 1
+        self.keys *= slot_bytes
+        self.visible = np.concatenate(visible) if visible else _NONE_VISIBLE
+        if visible:
+            np.cumsum(self.visible_at, out=self.visible_at)
+
+
+_NONE_VISIBLE = np.zeros(0, dtype=np.bool_)
 
 
 def _stacked(tensors: list[torch.Tensor], width: int = 0) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
-from numba import njit
+from numba import carray, cfunc, njit
 
 from paceline.model.native.attention import attend
 from paceline.model.native.matmul import CALL, block_sums, multiply_part, round_row
+from paceline.model.native.packed import WORDS, array1, array2, array3, array5, number
 from paceline.model.native.rows import gate, rms_norm, rotate
-from paceline.model.native.team import meet
+from paceline.model.native.team import PART, meet
 from paceline.model.native.tiles import BLOCK
 
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
@@ -16,7 +20,55 @@ QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
 MATRICES = 7
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+def part(thread: int, threads: int, place: int, words: Any) -> None:
+    """`forward` as a team runs it; `words` are its other arguments, packed."""
+    words = carray(words, (WORDS * ARGUMENTS,), np.int64)
+    forward(
+        thread,
+        threads,
+        place,
+        array2(words, 0, np.int64),
+        array2(words, 1, np.float32),
+        array2(words, 2, np.float32),
+        array2(words, 3, np.float32),
+        array2(words, 4, np.float32),
+        array2(words, 5, np.float32),
+        number(words, 6),
+        number(words, 7),
+        array5(words, 8, np.float32),
+        array1(words, 9, np.int64),
+        array1(words, 10, np.int64),
+        array1(words, 11, np.int64),
+        array1(words, 12, np.bool_),
+        array1(words, 13, np.int64),
+        array1(words, 14, np.int64),
+        array1(words, 15, np.int64),
+        array1(words, 16, np.int64),
+        array2(words, 17, np.float32),
+        array2(words, 18, np.float32),
+        array1(words, 19, np.float32),
+        array2(words, 20, np.int8),
+        array1(words, 21, np.float32),
+        array2(words, 22, np.float32),
+        array2(words, 23, np.float32),
+        array3(words, 24, np.float32),
+        array2(words, 25, np.int64),
+        array2(words, 26, np.float32),
+        array2(words, 27, np.float32),
+    )
+
+
+ARGUMENTS = 28
+"""Of `forward` beside the first three."""
+
+
+@cache
+def forward_address() -> int:
+    """The address of `part` for a team; compiled when first asked for."""
+    return int(cfunc(PART, cache=True, error_model="numpy")(part).address)
+
+
+@njit(nogil=True, error_model="numpy")
 def forward(
     thread: int,
     threads: int,

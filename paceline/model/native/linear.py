@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, cfunc, njit
 
 from paceline.model.native.matmul import CALL, block_sums, multiply_part, product_address, round_row
-from paceline.model.native.team import team
+from paceline.model.native.packed import WORDS, array1, array2, pack
+from paceline.model.native.team import PART, team
 
 if TYPE_CHECKING:
     from paceline.model.tiled_linear import TiledLinear
@@ -34,10 +36,23 @@ def multiply(layer: TiledLinear, rows: torch.Tensor) -> torch.Tensor:
     weight, out = np.array(described(layer), dtype=np.int64), filled.numpy()
     _prepare(x, sums, rounded)
     if x.size * layer.out_features >= _WORTH_SHARING:
-        team().run(lambda thread, threads, _: _product(weight, x, sums, rounded, out, thread, threads))
+        words = np.zeros(WORDS * 5, np.int64)
+        pack((weight, x, sums, rounded, out), words)
+        team().run(_part_address(), words)
     else:
         _product(weight, x, sums, rounded, out, 0, 1)
     return filled[:, : layer.out_features]
+
+
+def _part(thread: int, threads: int, _: int, words: Any) -> None:
+    words = carray(words, (WORDS * 5,), np.int64)
+    x, sums, rounded = array2(words, 1, np.float32), array2(words, 2, np.float32), array2(words, 3, np.int8)
+    _product(array1(words, 0, np.int64), x, sums, rounded, array2(words, 4, np.float32), thread, threads)
+
+
+@cache
+def _part_address() -> int:
+    return int(cfunc(PART, cache=True, error_model="numpy")(_part).address)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit
+from numba import carray, cfunc, njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
@@ -84,17 +83,59 @@ def meet(place: int, threads: int, round_: int) -> int:
     return round_ + 1
 
 
-@njit(nogil=True, error_model="numpy")
-def _give_up(place: int) -> None:
-    """Let everybody through all barriers."""
-    _add(place, 1 << 40)
+@intrinsic
+def _number_from(typing_context: Any, address: Any) -> Any:  # noqa: ARG001
+    """What the C function `int f(void)` at an address says."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        function = builder.inttoptr(arguments[0], ir.FunctionType(I32, []).as_pointer())
+        return builder.sext(builder.call(function, []), I64)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _run_part(
+    typing_context: Any,  # noqa: ARG001
+    address: Any,  # noqa: ARG001
+    thread: Any,  # noqa: ARG001
+    threads: Any,  # noqa: ARG001
+    place: Any,  # noqa: ARG001
+    words: Any,  # noqa: ARG001
+) -> Any:
+    """Call a `PART` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3 + [I64.as_pointer()])
+        function = builder.inttoptr(arguments[0], kind.as_pointer())
+        builder.call(function, [*arguments[1:4], builder.inttoptr(arguments[4], I64.as_pointer())])
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 5), generate
+
+
+PART = "void(int64, int64, int64, CPointer(int64))"
+"""What a team runs, as Numba's `cfunc` writes it: thread, threads, the address of the counter for `meet`, and the
+caller's words."""
+_FUNCTION, _WORDS, _COUNTER, _TICKET, _THREADS, _THREAD_NUMBER, _NUM_THREADS = range(7)
+
+
+def _enter(call: Any) -> None:
+    """Run one thread's part of a call: a row of the seven numbers above."""
+    call = carray(call, (7,), np.int64)
+    if call[_THREAD_NUMBER]:
+        thread, threads = _number_from(call[_THREAD_NUMBER]), _number_from(call[_NUM_THREADS])
+    else:
+        thread, threads = _add(call.ctypes.data + 8 * _TICKET, 1), call[_THREADS]
+    _run_part(call[_FUNCTION], thread, threads, call[_COUNTER], call[_WORDS])
 
 
 class Team:
-    """Runs a native function on several threads at once; the caller's is the first of them.
+    """Runs a native function on several threads at once; the caller's is one of them.
 
     The threads are PyTorch's own where they can be had (OpenMP's, through `GOMP_parallel`): those keep looking for work
-    for milliseconds after an operation of PyTorch, and would take the cores from any others.
+    for milliseconds after an operation of PyTorch, and would take the cores from any others. No thread but the caller's
+    needs Python.
 
     Args:
         threads: how many.
@@ -103,52 +144,38 @@ class Team:
     def __init__(self, threads: int) -> None:
         self.threads = threads if CAN_SHARE else 1
         self._counter = np.zeros(1, dtype=np.int64)
+        self._call = np.zeros(7, dtype=np.int64)
+        self._entry = cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(_enter).address
         self._openmp = _openmp() if self.threads > 1 else None
+        if self._openmp is not None:
+            numbers = (self._openmp.omp_get_thread_num, self._openmp.omp_get_num_threads)
+            self._call[_THREAD_NUMBER:] = [ctypes.cast(f, ctypes.c_void_p).value or 0 for f in numbers]
+        self._enter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._entry)
         self._pool: ThreadPoolExecutor | None = None
         if self.threads > 1 and self._openmp is None:
             self._pool = ThreadPoolExecutor(self.threads - 1, "paceline-forward")
         self._lock = threading.Lock()
 
-    def run(self, function: Callable[[int, int, int], None]) -> None:
-        """Call `function(thread, threads, address of the counter)` on every thread, and wait for all.
+    def run(self, part: int, words: np.ndarray) -> None:
+        """Run a `PART` on every thread, and wait for all. Callers take turns.
 
-        Raises:
-            BaseException: what a call raised. The others no longer wait for it, and their results are worth nothing.
+        Args:
+            part: its address.
+            words: what it gets to read.  # int64, contiguous
         """
-        errors: list[BaseException] = []
-
-        def part(thread: int, threads: int) -> None:
-            try:
-                function(thread, threads, self._counter.ctypes.data)
-            except BaseException as error:  # an interrupt, before native code began
-                errors.append(error)
-                _give_up(self._counter.ctypes.data)
-
         with self._lock:
             self._counter[0] = 0
+            call = (part, words.ctypes.data, self._counter.ctypes.data, 0, self.threads)
+            self._call[:_THREAD_NUMBER] = call
             if self._openmp is not None:
-                self._run_openmp(part, self._openmp)
-            else:
-                self._run_pool(part)
-        if errors:
-            raise errors[0]
-
-    def _run_pool(self, part: Callable[[int, int], None]) -> None:
-        others = []
-        if self._pool is not None:
-            others = [self._pool.submit(part, i, self.threads) for i in range(1, self.threads)]
-        part(0, self.threads)
-        for other in others:
-            other.result()
-
-    def _run_openmp(self, part: Callable[[int, int], None], openmp: ctypes.CDLL) -> None:
-        def call(_: int | None) -> None:
-            part(openmp.omp_get_thread_num(), openmp.omp_get_num_threads())
-
-        openmp.GOMP_parallel(_PART(call), None, self.threads, 0)
-
-
-_PART = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+                self._openmp.GOMP_parallel(self._entry, self._call.ctypes.data, self.threads, 0)
+                return
+            others: list[Future[None]] = []
+            if self._pool is not None:
+                others = [self._pool.submit(self._enter, self._call.ctypes.data) for _ in range(1, self.threads)]
+            self._enter(self._call.ctypes.data)
+            for other in others:
+                other.result()
 
 
 @cache
@@ -158,9 +185,10 @@ def _openmp() -> ctypes.CDLL | None:
     for path in (path for name in ("libgomp*", "libiomp*", "libomp*") for path in sorted(folder.glob(name))):
         try:
             library = ctypes.CDLL(str(path))
-            library.GOMP_parallel.argtypes = (_PART, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
             library.GOMP_parallel.restype = None
-            library.omp_get_thread_num.restype = library.omp_get_num_threads.restype = ctypes.c_int
+            assert library.omp_get_thread_num
+            assert library.omp_get_num_threads
         except (OSError, AttributeError):
             continue
         return library
