@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from paceline.cache.block_manager import BlockManager
@@ -21,6 +22,8 @@ from paceline.draft.shapes.base import TreeShape
 from paceline.engine.commit import Committer
 from paceline.engine.engine import Engine, Stages
 from paceline.engine.profile import cost_table
+from paceline.engine.race import race
+from paceline.engine.rng import Noise, Stream
 from paceline.engine.speculation import Speculation, check_speculation
 from paceline.errors import ConfigError, SpeculationSpecError
 from paceline.model.draft_weights import check_is_draft_or_model, is_draft, load_draft
@@ -55,6 +58,7 @@ def build_engine(
     speculation = check_speculation(config)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    race(np.zeros(2, np.float32), Noise(0), 0, Stream.TARGET)  # compiled here, not in somebody's first step
     runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded))
     _check_budgets(speculation.spec, max_model_len)
     vocab_size = int(loaded.config.vocab_size)

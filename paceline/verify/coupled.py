@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from paceline.engine.draft_tree import DraftTree, Origin
+from paceline.engine.race import race
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
 from paceline.engine.types import Walk
@@ -46,4 +47,6 @@ def draw_target(law: Law, noise: Noise, position: int, vocab_size: int) -> int:
     """The target's own sample at `position`; a point mass needs no noise."""
     if len(law.logits) == 1:
         return law.draw(_NO_NOISE)
+    if type(law) is Law and law.ids is None and type(noise) is Noise and law.logits.dtype == np.float32:
+        return race(law.logits, noise, position, Stream.TARGET)
     return law.draw(noise.words(position, Stream.TARGET, vocab_size))

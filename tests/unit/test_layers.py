@@ -10,7 +10,7 @@ import pytest
 import paceline
 
 ROOT = Path(paceline.__file__).parent
-_VALUES = ("types", "constraint", "draft_progress", "draft_tree", "positional", "request", "sampling", "rng")
+_VALUES = ("types", "constraint", "draft_progress", "draft_tree", "positional", "request", "sampling", "rng", "race")
 TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
 RESOURCES = ("model", "constrain")

@@ -11,6 +11,7 @@ from lossless.reference import OPTION_MIXES, chi_square, option_mixes, slow_draw
 from numpy.typing import NDArray
 
 from paceline.config import SamplingParams
+from paceline.engine.race import race
 from paceline.engine.rng import Noise, Stream, uniforms
 from paceline.engine.sampling import Law, build_law, edit_logits, token_logprobs, top_ids
 from paceline.errors import PacelineError
@@ -38,6 +39,21 @@ def words(seed: int, vocab: int) -> NDArray[np.uint32]:
 def test_draw_is_the_gumbel_argmax(spread: float, vocab: int) -> None:
     for i, row in enumerate(rows(60, vocab, spread, seed=vocab)):
         assert Law(row).draw(words(i, vocab)) == slow_draw(row, words(i, vocab))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 50, 1000, 49152])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 3.0, 8.0, 30.0])
+def test_the_race_has_the_winner_of_the_draw(spread: float, vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    for i in range(20):
+        logits = (spread * rng.standard_normal(vocab)).astype(np.float32)
+        if i % 3 == 0:
+            logits = np.round(logits)  # ties
+        if i % 4 == 0:
+            logits[rng.integers(0, vocab, vocab // 3)] = -np.inf
+        noise, position = Noise(int(rng.integers(0, 2**63)), i), int(rng.integers(0, 10000))
+        expected = Law(logits).draw(noise.words(position, Stream.TARGET, vocab))
+        assert race(logits, noise, position, Stream.TARGET) == expected
 
 
 def test_draw_never_takes_a_token_without_probability() -> None:
