@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import torch
 
 from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
+from paceline.model.native.compiling import announced
 from paceline.model.native.forward import forward
 from paceline.model.native.linear import described
 from paceline.model.native.matmul import BLOCK
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from paceline.cache.paged_kv import PagedKV
     from paceline.model.runner import ForwardBatch
 
-logger = logging.getLogger(__name__)
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _ROTARY = ("default", "linear", "llama3")
 """Kinds of rotary embedding whose angles do not depend on the length of the context."""
@@ -196,12 +194,8 @@ def _announced() -> Iterator[None]:
     if _compiled:
         yield
         return
-    timer = threading.Timer(1.5, logger.warning, ("compiling native code for this CPU, once: about 20 seconds",))
-    timer.start()
-    try:
+    with announced(20):
         yield
-    finally:
-        timer.cancel()
     _compiled = bool(forward.signatures)
 
 
