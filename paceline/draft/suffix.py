@@ -5,7 +5,7 @@ what earlier and parallel requests of the same tenant were answered. The publish
 continuations promise most. Here all matches of all lengths vote: every context has a say, the longest first, and what
 it leaves open goes to the next shorter one (the blending of PPM, Cleary & Witten 1984). How much a context leaves open
 is counted, by its length and how often it occurred, from what was committed after earlier drafts. The tree takes the
-likeliest paths first.
+likeliest paths first. All of that is compiled (`draft/suffixes`).
 
 Confidence class: the chance that the drafter sees for the node, how long its longest match is, and whether the
 request's own text says so.
@@ -13,65 +13,47 @@ request's own text says so.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline.draft.base import NOTHING, DraftContext, Proposal
-from paceline.draft.suffix_index import Occurrence, SuffixIndex
-from paceline.draft.suffix_votes import Level, Matches, Openness, vote
+from paceline.draft.suffixes.index import SuffixIndex
+from paceline.draft.suffixes.tree import LENGTHS, LOG, NUM_CHANCES, NUM_ROWS, grow, learn
+from paceline.draft.suffixes.votes import new_openness
 from paceline.engine.request import Request
 from paceline.engine.types import Observation, Tap
 from paceline.errors import SpeculationSpecError
+from paceline.model.native.compiling import announced
 
-_CHANCES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 0.95)
-"""Bounds between the classes of a node's chance ..."""
-_LENGTHS = (3, 5, 9, 17, 33)
-"""... and of its longest match."""
 _MIDDLES = (0.01, 0.03, 0.07, 0.14, 0.27, 0.42, 0.6, 0.78, 0.91, 0.97)
-_ENOUGH = 64
-"""Occurrences that are considered of each structure."""
-_WORTH_A_LOOK = 0.03
-"""What follows a node is looked up anew where at least this chance would be left open otherwise."""
+"""First guesses of the acceptance of a node, by its chance."""
+_LONGEST = 64
+"""Longest match that is told apart."""
 _READ_AT_ONCE = 4096
 """Tokens of a long prompt that are read in a step, so that nobody waits for it."""
 _MAX_TENANTS = 64
+_SCRATCH = 1 << 12
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A tree, and what is needed to learn from it."""
+
+    proposal: Proposal
+    log: NDArray[np.int64]
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A tree in the making, and what is needed to learn from it."""
-
-    after: list[Sequence[Level]]
-    """The contexts that said what follows the ending (first entry) and each node, the longest first."""
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    key: list[int] = field(default_factory=list)
-
-    def proposal(self) -> Proposal:
-        """The tree."""
-        tokens, parents, key = (np.array(c, dtype=np.int64) for c in (self.tokens, self.parents, self.key))
-        return Proposal(tokens, parents, key)
-
-    def path(self, node: int) -> list[int]:
-        """Tokens from the root to a node."""
-        tokens: list[int] = []
-        while node >= 0:
-            tokens.append(self.tokens[node])
-            node = self.parents[node]
-        return tokens[::-1]
-
-
 class _Tenant:
     """What is kept of a tenant's requests."""
 
-    def __init__(self) -> None:
-        self.past = SuffixIndex()
-        self.openness = Openness()
+    past: SuffixIndex = field(default_factory=lambda: SuffixIndex(longest=_LONGEST))
+    openness: NDArray[np.float64] = field(default_factory=new_openness)
 
 
 @dataclass(slots=True)
@@ -114,7 +96,9 @@ class SuffixDrafter:
         self._states: dict[Request, _State] = {}
         self._tenants: OrderedDict[str, _Tenant] = OrderedDict()
         self._num_tokens = 0
-        self.prior = np.repeat(_MIDDLES, (len(_LENGTHS) + 1) * 2)
+        self._scratch = _scratch(_SCRATCH)
+        self.prior = np.repeat(_MIDDLES, (len(LENGTHS) + 1) * 2)
+        _compile()
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """The likeliest paths of every request whose ending is known."""
@@ -135,72 +119,34 @@ class SuffixDrafter:
         self._learn(request, state)
         self._share(request, state)
         tokens, read = request.token_ids, state.own.num_tokens
-        state.own.extend(0, tokens[read : read + _READ_AT_ONCE])
+        state.own.extend(0, _array(tokens[read : read + _READ_AT_ONCE]))
         state.drafted_at, state.draft = len(tokens), None
-        matches = self._look_up(state, tokens[-state.own.longest :], 0)
-        if matches is None or context.budget < 1:
+        if context.budget < 1:
             return NOTHING
-        state.draft = self._grow(state, matches, tokens[-state.own.longest :], context.budget)
-        return state.draft.proposal()
+        state.draft = self._grow(state, _array(tokens[-_LONGEST:]), context.budget)
+        return state.draft.proposal if state.draft else NOTHING
 
-    def _look_up(self, state: _State, ending: Sequence[int], depth: int) -> Matches | None:
-        """All occurrences of an ending whose last `depth` tokens are drafted."""
-        own = [(o, True) for o in state.own.find(ending, enough=_ENOUGH)]
-        past = [(o, False) for o in state.tenant.past.find(ending, enough=_ENOUGH, without=state.sequence)]
-        if not own and not past:
-            return None
-        return vote(sorted(own + past, key=_by_length), depth, state.tenant.openness)
-
-    def _grow(self, state: _State, matches: Matches, ending: Sequence[int], budget: int) -> _Draft:
-        """Take the likeliest paths until the budget is spent."""
-        draft, openness = _Draft([matches.levels]), state.tenant.openness
-        heap: list[tuple[float, int, int, int, int, float, Matches, list[int]]] = []  # likeliest first
-        count, node, depth, reach, group = 0, -1, 0, 1.0, list(range(len(matches.votes)))
-        known, by_token = 1.0, matches.following(group, 0)
+    def _grow(self, state: _State, ending: NDArray[np.int64], budget: int) -> _Draft | None:
+        """A tree, or nothing where the ending is unknown."""
+        tree = np.empty((3, budget), dtype=np.int64)
+        own, tenant = state.own.memory, state.tenant
+        structures = own, tenant.past.memory, state.sequence, tenant.openness
         while True:
-            for token, mine in by_token.items() if not self._chain else _likeliest(by_token, matches.votes):
-                chance = known * sum([matches.votes[i] for i in mine])
-                heappush(heap, (-reach * chance, count, node, token, depth + 1, chance, matches, mine))
-                count += 1
-            if not heap or len(draft.tokens) == budget:
-                return draft
-            reach, _, parent, token, depth, chance, matches, group = heappop(heap)
-            reach, node = -reach, len(draft.tokens)
-            draft.tokens.append(token)
-            draft.parents.append(parent)
-            length, own = matches.sorted_out(group)
-            draft.key.append(_class(chance, length + depth - 1 - matches.depth, own))
-            of = openness.of(length + depth - matches.depth, len(group))
-            unknown = openness.chance(of)
-            found = None
-            if reach * unknown >= _WORTH_A_LOOK:
-                found = self._look_up(state, [*ending, *draft.path(node)], depth)
-            if found is not None:
-                matches, group, known = found, list(range(len(found.votes))), 1.0
-                by_token = matches.following(group, depth)
-                draft.after.append(matches.levels)
-            else:
-                known = (1.0 - unknown) / sum([matches.votes[i] for i in group])
-                by_token = matches.following(group, depth)
-                draft.after.append([Level(of, by_token)] if by_token else [])
+            size, logged = grow(*structures, ending, self._chain, *self._scratch, tree)
+            if size >= 0:
+                break
+            self._scratch = _scratch(2 * self._scratch[0].shape[1])
+        if not size:
+            return None
+        tokens, parents, key = tree[:, :size]
+        return _Draft(Proposal(tokens, parents, key), self._scratch[0][LOG, :logged].copy())
 
     def _learn(self, request: Request, state: _State) -> None:
         """Count what followed the contexts of the last draft."""
         committed = request.token_ids[state.drafted_at :]
-        if state.draft is None or not committed:
-            return
-        draft, openness = state.draft, state.tenant.openness
-        nodes = {(p, t): i for i, (p, t) in enumerate(zip(draft.parents, draft.tokens, strict=True))}
-        node = -1
-        for token in committed:
-            for level in draft.after[node + 1]:
-                new = token not in level.following
-                openness.learn(level.of, new)
-                if not new:
-                    break
-            node = nodes.get((node, token), -1)
-            if node < 0:
-                break
+        if state.draft is not None and committed:
+            drafted = state.draft.proposal
+            learn(state.tenant.openness, drafted.tokens, drafted.parents, state.draft.log, _array(committed))
 
     def _share(self, request: Request, state: _State) -> None:
         """Give the tenant's structure what the request has written."""
@@ -209,7 +155,7 @@ class SuffixDrafter:
         if not tokens or not self._most_tokens:
             return
         before = state.tenant.past.num_tokens
-        state.tenant.past.extend(state.sequence, tokens)
+        state.tenant.past.extend(state.sequence, _array(tokens))
         self._num_tokens += state.tenant.past.num_tokens - before
         while self._num_tokens > self._most_tokens:
             # The tenant that keeps most gives: nobody loses what is his to another's flood.
@@ -222,7 +168,7 @@ class SuffixDrafter:
         found = self._states.get(request)
         if found is None:
             tenant = self._tenant(request.salt)
-            own = SuffixIndex()
+            own = SuffixIndex(longest=_LONGEST)
             own.open()
             found = self._states[request] = _State(own, tenant, tenant.past.open(), request.prompt_len)
         return found
@@ -243,19 +189,25 @@ class SuffixDrafter:
             self._num_tokens -= self._tenants.pop(idle).past.num_tokens
 
 
-def _likeliest(by_token: dict[int, list[int]], votes: list[float]) -> list[tuple[int, list[int]]]:
-    """The token with most votes, as the only entry."""
-    return sorted(by_token.items(), key=lambda entry: sum(votes[i] for i in entry[1]))[-1:]
+@cache
+def _compile() -> None:
+    """Run everything that is compiled once, so that no request waits for that."""
+    with announced(10):
+        index = SuffixIndex()
+        index.extend(index.open(), _array([1, 2, 1]))
+        openness, tree = new_openness(), np.empty((3, 1), dtype=np.int64)
+        ints, chances = _scratch(_SCRATCH)
+        grow(index.memory, index.memory, -1, openness, _array([1]), False, ints, chances, tree)
+        learn(openness, tree[0], tree[1], ints[LOG], _array([2]))
+        index.drop(1)
 
 
-def _class(chance: float, length: int, own: bool) -> int:
-    """Confidence class of a node."""
-    place = bisect_right(_CHANCES, chance) * (len(_LENGTHS) + 1) + bisect_right(_LENGTHS, length)
-    return 2 * place + own
+def _scratch(size: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    return np.zeros((NUM_ROWS, size), dtype=np.int64), np.zeros((NUM_CHANCES, size))
 
 
-def _by_length(found: tuple[Occurrence, bool]) -> int:
-    return -found[0][0]
+def _array(tokens: Sequence[int]) -> NDArray[np.int64]:
+    return np.array(tokens, dtype=np.int64)
 
 
 def _size(index: SuffixIndex) -> int:

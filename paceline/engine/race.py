@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from paceline.engine.rng import WORDS_PER_BLOCK, Noise, Stream
 
-
 _F32 = ir.FloatType()
 _M0, _M1 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
 _W0, _W1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
@@ -45,7 +44,7 @@ def _wide(typing_context: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
         high = builder.trunc(builder.lshr(product, double(64)), ir.IntType(64))
         return context.make_tuple(builder, signature.return_type, [high, builder.trunc(product, ir.IntType(64))])
 
-    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate  # type: ignore[attr-defined]
 
 
 @intrinsic
@@ -73,11 +72,6 @@ def _philox(block: int, place: np.ndarray, out: np.ndarray) -> None:
     half = np.uint64(32)
     out[1], out[3] = np.uint32(c0 >> half), np.uint32(c1 >> half)
     out[5], out[7] = np.uint32(c2 >> half), np.uint32(c3 >> half)
-        np.uint32(c0 >> half),
-        np.uint32(c1 >> half),
-        np.uint32(c2 >> half),
-        np.uint32(c3 >> half),
-    )
 
 
 @njit(nogil=True, error_model="numpy")

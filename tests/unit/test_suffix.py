@@ -1,171 +1,19 @@
-"""The suffix structure against a slow obvious one, and the drafter on it."""
+"""The drafter `suffix`: what it claims, and that it says what its slow reference says."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 import pytest
 from engine_tools import greedy, llm, make_request, prompt_of, run
+from slow_suffix import SlowSuffixDrafter
 
 from paceline.draft.base import DraftContext, Proposal
 from paceline.draft.suffix import SuffixDrafter
-from paceline.draft.suffix_index import SuffixIndex
-from paceline.draft.suffix_votes import Openness
+from paceline.draft.suffixes.index import append_tokens, drop_oldest, start_sequence
+from paceline.draft.suffixes.tree import grow, learn
+from paceline.draft.suffixes.votes import context_class, new_openness
 from paceline.engine.request import Request
 from paceline.errors import SpeculationSpecError
-
-
-class SlowIndex:
-    """Every place of every sequence, in the order in which they were added."""
-
-    def __init__(self, recent: int, depth: int, longest: int) -> None:
-        self.recent, self.depth, self.longest = recent, depth, longest
-        self.texts: list[list[int]] = []
-        self.places: list[tuple[int, int]] = []
-
-    def extend(self, sequence: int, tokens: list[int]) -> None:
-        for token in tokens:
-            self.places.append((sequence, len(self.texts[sequence])))
-            self.texts[sequence].append(token)
-
-    def match(self, place: tuple[int, int], ending: list[int]) -> int:
-        before = self.texts[place[0]][: place[1]][::-1]
-        pairs = zip(before, ending[::-1], strict=False)
-        return min(next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(ending))), self.longest)
-
-    def find(self, ending: list[int]) -> Counter[tuple[int, int, int]]:
-        """(length, sequence, at): of every context as deep as contexts go, the latest `recent` places."""
-        found: dict[tuple[int, int], int] = {}
-        for length in range(1, self.depth + 1):
-            here = [p for p in self.places if self.match(p, ending) >= length]
-            for place in here[-self.recent :]:
-                found[place] = self.match(place, ending)
-        return Counter((length, *place) for place, length in found.items())
-
-
-def found_in(index: SuffixIndex, ending: list[int], **options: int) -> list[tuple[int, int, int]]:
-    numbers = {id(tokens): number for number, tokens in index._sequences.items()}
-    return [(length, numbers[id(tokens)], at) for length, tokens, at in index.find(ending, **options)]
-
-
-def nodes_of(index: SuffixIndex) -> list[object]:
-    nodes, queue = [], [index._root]
-    while queue:
-        node = queue.pop()
-        nodes.append(node)
-        queue += (node.children or {}).values()
-    return nodes
-
-
-@pytest.mark.parametrize("alphabet", [1, 2, 4, 20])
-@pytest.mark.parametrize(("recent", "depth", "longest"), [(1, 3, 5), (3, 4, 10), (8, 16, 64), (1000, 5, 30)])
-def test_occurrences_are_those_of_a_slow_search(alphabet: int, recent: int, depth: int, longest: int) -> None:
-    rng = np.random.default_rng(alphabet)
-    index = SuffixIndex(recent=recent, depth=depth, longest=longest)
-    slow = SlowIndex(recent, depth, longest)
-    some = 0
-    for _ in range(60):
-        if len(slow.texts) < 4:
-            assert index.open() == len(slow.texts)
-            slow.texts.append([])
-        sequence = int(rng.integers(len(slow.texts)))  # several grow at once
-        tokens = rng.integers(0, alphabet, int(rng.integers(1, 9))).tolist()
-        index.extend(sequence, tokens)
-        slow.extend(sequence, tokens)
-        ending = slow.texts[int(rng.integers(len(slow.texts)))][-int(rng.integers(1, 80)) :]
-        found = found_in(index, ending)
-        assert Counter(found) == slow.find(ending)
-        lengths = [length for length, _, _ in found]
-        assert lengths == sorted(lengths, reverse=True)
-        if found and recent == 1000:  # nothing is left out: the longest match, and true counts
-            assert lengths[0] == max(slow.match(p, ending) for p in slow.places)
-            continuations = Counter(slow.texts[s][at] for n, s, at in found if n >= 2)
-            assert continuations == Counter(
-                slow.texts[s][at] for s, at in slow.places if slow.match((s, at), ending) >= 2
-            )
-        some += len(found)
-    assert some > 50
-    assert index.num_tokens == sum(map(len, slow.texts))
-
-
-def test_the_longest_match_is_exact_while_its_context_is_rarer_than_what_is_kept() -> None:
-    rng = np.random.default_rng(5)
-    text = rng.integers(0, 3, 2000).tolist()
-    index, slow = SuffixIndex(recent=32, depth=16), SlowIndex(32, 16, 64)
-    slow.texts.append([])
-    index.extend(index.open(), text)
-    slow.extend(0, text)
-    for start in range(0, 1900, 50):
-        ending = text[start : start + 40]
-        assert found_in(index, ending)[0][0] == max(slow.match(p, ending) for p in slow.places)
-
-
-def test_enough_stops_at_shorter_contexts_and_a_sequence_can_be_left_out() -> None:
-    index = SuffixIndex(recent=2, depth=8)
-    for _ in range(6):
-        index.extend(index.open(), [1, 2, 3, 4])
-    index.extend(index.open(), [9, 3, 5])
-    everything = found_in(index, [2, 3])
-    assert {length for length, _, _ in everything} == {2, 1}
-    assert {length for length, _, _ in found_in(index, [2, 3], enough=1)} == {2}
-    assert 6 not in {sequence for _, sequence, _ in found_in(index, [2, 3], without=6)}
-
-
-@pytest.mark.parametrize("alphabet", [2, 5])
-def test_dropping_the_oldest_leaves_what_was_never_added(alphabet: int) -> None:
-    """Sequences that came one after another: what is left equals an index of the rest, node for node."""
-    rng = np.random.default_rng(alphabet)
-    texts = [rng.integers(0, alphabet, int(rng.integers(1, 60))).tolist() for _ in range(12)]
-    index = SuffixIndex(recent=1000, depth=5)
-    for text in texts:
-        index.extend(index.open(), text)
-    for gone in range(1, 12):
-        index.drop(len(texts[gone - 1]))
-        fresh = SuffixIndex(recent=1000, depth=5)
-        for _ in range(gone):
-            fresh.open()
-        for text in texts[gone:]:
-            fresh.extend(fresh.open(), text)
-        assert index.num_tokens == fresh.num_tokens == sum(map(len, texts[gone:]))
-        for _ in range(10):
-            ending = rng.integers(0, alphabet, 12).tolist()
-            assert Counter(found_in(index, ending)) == Counter(found_in(fresh, ending))
-    index.drop(1 << 30)
-    assert index.num_tokens == 0
-    assert not index._sequences
-    index.extend(11, [1, 2, 3])
-    assert index.num_tokens == 0, "a sequence that is gone stays gone"
-
-
-def test_a_sequence_is_dropped_from_its_start() -> None:
-    index = SuffixIndex()
-    sequence = index.open()
-    index.extend(sequence, [1, 2, 3, 1, 2, 4])
-    index.drop(3)
-    assert found_in(index, [1, 2]) == [(2, sequence, 5)]
-    index.extend(sequence, [5])
-    assert index.num_tokens == 4
-
-
-def test_memory_is_bounded_by_what_is_kept() -> None:
-    rng = np.random.default_rng(0)
-    index = SuffixIndex(recent=4, depth=8)
-    sizes = []
-    for _ in range(160):
-        index.extend(index.open(), rng.integers(0, 6, 100).tolist())
-        index.drop(max(0, index.num_tokens - 500))
-        sizes.append(len(nodes_of(index)))
-    assert index.num_tokens == 500
-    assert len(index._sequences) <= 6
-    assert max(sizes[100:]) < 1.1 * max(sizes[40:80]), "it does not creep"
-    assert max(sizes) < 600
-    assert all(len(node.places) <= 4 for node in nodes_of(index))  # type: ignore[attr-defined]
-    index.drop(500)
-    assert len(nodes_of(index)) == 1
-
-
-# The drafter
 
 
 def propose(drafter: SuffixDrafter, request: Request, budget: int = 16) -> Proposal:
@@ -278,7 +126,7 @@ def test_tenants_are_apart() -> None:
     assert len(propose(drafter, make_request([1, 2], salt="b"))) == 0
     assert propose(drafter, make_request([1, 2], salt="a")).tokens.tolist() == [3, 4]
     one, two = drafter._tenants["a"], drafter._tenants["b"]
-    assert one.openness is not two.openness
+    assert not np.shares_memory(one.openness, two.openness)
 
 
 def test_the_number_of_tenants_is_bounded() -> None:
@@ -332,18 +180,23 @@ def test_a_long_prompt_is_read_over_several_steps(monkeypatch: pytest.MonkeyPatc
 
 
 def test_openness_is_learned_by_class() -> None:
-    openness = Openness()
-    rare, common = openness.of(3, 1), openness.of(3, 40)
-    assert openness.chance(rare) == pytest.approx(2 / 3)
-    assert openness.chance(common) < 0.15
+    openness = new_openness()
+    rare, common = context_class(3, 1), context_class(3, 40)
+    chances = openness[0] / openness[1]
+    assert chances[rare] == pytest.approx(2 / 3)
+    assert chances[common] < 0.15
     rng = np.random.default_rng(0)
+    tokens, parents, committed = np.array([5]), np.array([-1]), np.array([5])
     for _ in range(3000):
-        openness.learn(rare, bool(rng.random() < 0.1))
-    assert openness.chance(rare) == pytest.approx(0.1, abs=0.05)
-    assert openness.chance(openness.of(4, 1)) == pytest.approx(2 / 3), "other classes are not touched"
-    lengths = [openness.of(n, 1) for n in range(1, 200)]
+        # after the ending there was one context of that class, which 7 followed, or 5
+        learn(openness, tokens, parents, np.array([2, 0, 1, 1, rare, 7 if rng.random() < 0.1 else 5, 0]), committed)
+    chances = openness[0] / openness[1]
+    assert chances[rare] == pytest.approx(0.1, abs=0.05)
+    assert openness[1, rare] <= 501, "the old fades"
+    assert chances[context_class(4, 1)] == pytest.approx(2 / 3), "other classes are not touched"
+    lengths = [context_class(n, 1) for n in range(1, 200)]
     assert lengths == sorted(lengths)
-    assert max(openness.of(n, m) for n in (1, 64, 500) for m in (1, 2, 500)) < len(openness._seen)
+    assert max(context_class(n, m) for n in (1, 64, 500) for m in (1, 2, 500)) < openness.shape[1]
 
 
 def test_it_learns_how_far_copies_go() -> None:
@@ -371,3 +224,86 @@ def test_the_engine_says_the_same_with_it() -> None:
         run(plain, [without])
         assert with_it.output_ids == without.output_ids
     assert with_it.stats.accepted_tokens > 15, "the second time it knows the answer"
+
+
+class Texts:
+    """Random tokens, half of them copied from what was given before."""
+
+    def __init__(self, rng: np.random.Generator, vocab_size: int) -> None:
+        self._rng, self._vocab_size = rng, vocab_size
+        self._texts: list[list[int]] = []
+
+    def some(self, length: int) -> list[int]:
+        if self._texts and self._rng.random() < 0.5:
+            text = self._texts[int(self._rng.integers(len(self._texts)))]
+            start = int(self._rng.integers(len(text)))
+            if len(text) >= start + length:
+                return text[start : start + length]
+        self._texts.append(self._rng.integers(0, self._vocab_size, length).tolist())
+        return self._texts[-1]
+
+
+def committed_of(proposal: Proposal, texts: Texts, rng: np.random.Generator) -> list[int]:
+    """A path of the draft, if any, and one to three tokens that may leave it."""
+    node = int(rng.integers(-1, len(proposal)))
+    return [*(paths_of(proposal)[node] if node >= 0 else ()), *texts.some(int(rng.integers(1, 4)))]
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("tokens", [0, 50, 300, 2000, 1_000_000])
+@pytest.mark.parametrize("vocab_size", [2, 4, 30, 1000])
+def test_it_says_what_the_slow_reference_says(vocab_size: int, tokens: int, chain: bool) -> None:
+    """Requests of two tenants come, go on side by side and end; what is kept overflows in some of the cases."""
+    rng = np.random.default_rng(vocab_size + tokens)
+    texts = Texts(rng, vocab_size)
+    drafter, slow = SuffixDrafter(tokens=tokens, chain=chain), SlowSuffixDrafter(tokens=tokens, chain=chain)
+    running: list[Request] = []
+    num_nodes = 0
+    for _ in range(150):
+        if (len(running) < 4 and rng.random() < 0.5) or not running:
+            running.append(make_request(texts.some(int(rng.choice([1, 5, 40, 400]))), salt=str(rng.integers(2))))
+        request, budget = running[int(rng.integers(len(running)))], int(rng.choice([0, 1, 4, 16, 64]))
+        proposal = propose(drafter, request, budget)
+        expected = slow.propose(request, budget)
+        assert (proposal.tokens.tolist(), proposal.parents.tolist(), proposal.key.tolist()) == expected
+        num_nodes += len(proposal)
+        request.token_ids += committed_of(proposal, texts, rng)
+        if rng.random() < 0.08:
+            running.remove(request)
+            drafter.forget(request)
+            slow.forget(request)
+        for salt, tenant in slow._tenants.items():
+            mine = drafter._tenants[salt]
+            assert mine.past.num_tokens == tenant.past.num_tokens
+            assert mine.openness.tolist() == [tenant.openness._open, tenant.openness._seen]
+    assert num_nodes > 20
+
+
+def test_a_long_text_says_what_the_slow_reference_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests that repeat themselves and each other, prompts read in parts, more nodes than usual."""
+    monkeypatch.setattr("paceline.draft.suffix._READ_AT_ONCE", 500)
+    monkeypatch.setattr("slow_suffix._READ_AT_ONCE", 500)
+    rng = np.random.default_rng(0)
+    phrases = [rng.integers(0, 300, int(rng.integers(2, 30))).tolist() for _ in range(60)]
+    text = [token for _ in range(400) for token in phrases[int(rng.integers(60))]]
+    drafter, slow = SuffixDrafter(tokens=3000), SlowSuffixDrafter(tokens=3000, chain=False)
+    requests = [make_request(text[:2000]), make_request(text[1000:1300])]
+    for start in range(2000, 5000, 50):
+        for request in requests:
+            proposal = propose(drafter, request, 1500 if start % 1000 == 0 else 64)
+            expected = slow.propose(request, 1500 if start % 1000 == 0 else 64)
+            assert (proposal.tokens.tolist(), proposal.parents.tolist(), proposal.key.tolist()) == expected
+            request.token_ids += text[start : start + 50]
+
+
+def test_nothing_is_compiled_in_the_middle_of_a_request() -> None:
+    """All entries to compiled code are used here, and have but the form that the constructor made."""
+    drafter = SuffixDrafter(tokens=20)
+    for salt in ("a", "b"):
+        finished(drafter, [1, 2, 3, 1, 2], [1, 2, 3, 4, 1, 2, 3, 5, 6, 7, 8, 9], salt=salt)
+        request = make_request([1, 2, 3, 1, 2], salt=salt)
+        for token in (3, 1, 2):
+            propose(drafter, request)
+            request.token_ids.append(token)
+    for entry in (start_sequence, append_tokens, drop_oldest, grow, learn):
+        assert len(entry.signatures) == 1

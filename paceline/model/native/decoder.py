@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
 from paceline.model.native.attention import TOGETHER
+from paceline.model.native.compiling import announced
 from paceline.model.native.forward import ARGUMENTS, forward_address
 from paceline.model.native.linear import described
 from paceline.model.native.packed import WORDS, pack
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from paceline.cache.paged_kv import PagedKV
     from paceline.model.runner import ForwardBatch
 
-logger = logging.getLogger(__name__)
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _ROTARY = ("default", "linear", "llama3")
 """Kinds of rotary embedding whose angles do not depend on the length of the context."""
@@ -80,7 +76,7 @@ class NativeDecoder:
         self._head, self._known = _head(model)
         self._vocab_size = config.vocab_size
         linears = [linear for layer in layers for linear in _linears(layer)]
-        with _announced():
+        with announced(25):
             self._weights = np.array([described(linear) for linear in (*linears, self._head)], dtype=np.int64)
             self._forward = forward_address()
         self._words = np.zeros(WORDS * ARGUMENTS, np.int64)
@@ -204,26 +200,6 @@ class NativeDecoder:
             cosine, sine = self._model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.arange(count)[None])
         half = cosine.shape[-1] // 2
         self._cosines, self._sines = (t[0, :, :half].float().contiguous().numpy() for t in (cosine, sine))
-
-
-@contextlib.contextmanager
-def _announced() -> Iterator[None]:
-    """Say what takes so long if this is the first time on this machine."""
-    global _compiled
-    if _compiled:
-        yield
-        return
-    timer = threading.Timer(1.5, logger.warning, ("compiling native code for this CPU, once: about 20 seconds",))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    _compiled = True
-
-
-_compiled = False
-"""Whether all native code has run in this process."""
 
 
 class _Rows:

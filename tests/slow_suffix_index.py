@@ -1,12 +1,4 @@
-"""Where the current ending has occurred before, and what came then: a suffix structure with bounded memory.
-
-It answers what a suffix tree answers (the longest earlier match of an ending, how often each of its contexts occurred,
-what followed), but it is read from the end of the context backwards and split only where that pays: a context has a
-node of its own once it has occurred more than `recent` times, so a leaf holds *all* occurrences of its context and the
-exact match lengths in it come from comparing tokens. Adding a token costs a walk of a few nodes, dropping the oldest
-one the same, and nothing is ever rebuilt. Contexts more frequent than that keep their latest `recent` occurrences:
-what came lately says more about what comes next than what came long ago.
-"""
+"""The suffix structure of `draft/suffixes` as plain Python objects: its slow reference."""
 
 from __future__ import annotations
 
@@ -38,7 +30,7 @@ class _Node:
         return found
 
 
-class SuffixIndex:
+class SlowSuffixIndex:
     """Occurrences of every context in a set of growing sequences.
 
     Args:
@@ -50,7 +42,6 @@ class SuffixIndex:
     def __init__(self, *, recent: int = 32, depth: int = 16, longest: int = 64) -> None:
         self.longest = longest
         self.num_tokens = 0
-        """Tokens that can be found."""
         self._recent = recent
         self._depth = depth
         self._root = _Node()
@@ -59,7 +50,6 @@ class SuffixIndex:
         self._next = 0
 
     def open(self) -> int:
-        """Start a sequence; its number."""
         self._sequences[self._next] = []
         self._next += 1
         return self._next - 1

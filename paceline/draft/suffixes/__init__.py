@@ -1,0 +1,1 @@
+"""Suffix structures and drafting from them, compiled by Numba. `draft/suffix.py` is the drafter."""
