@@ -69,13 +69,14 @@ def _body(builder: Any, arguments: Any, *, kind: int, rows: int, tiles: int, dot
         at_levels = builder.mul(loop.index, I64(LEVEL_BYTES[kind]))
         at_x = [builder.add(row, builder.mul(loop.index, I64(BLOCK))) for row in row_x]
         found = {at: dots.nothing() for at in grid}
-        for step in range(STEPS[kind]):
-            for t in range(tiles):
-                at = builder.add(builder.add(tile_levels[t], at_levels), I64(step * WORD_BYTES))
-                for first, weights in dots.unpack(builder, levels, at, 4 * step):
-                    for m in range(rows):
-                        four = load(builder, x, builder.add(at_x[m], I64(first)), I32, 4)
-                        dots.add(builder, found[m, t], weights, four)
+        for which in range(dots.passes):
+            for step in range(STEPS[kind]):
+                for t in range(tiles):
+                    at = builder.add(builder.add(tile_levels[t], at_levels), I64(step * WORD_BYTES))
+                    for first, weights in dots.unpack(builder, levels, at, 4 * step, which):
+                        for m in range(rows):
+                            four = load(builder, x, builder.add(at_x[m], I64(first)), I32, 4)
+                            dots.add(builder, found[m, t], weights, four, which)
         for m, t in grid:
             at = builder.add(row_sums[m], builder.mul(loop.index, I64(8)))
             scale = load(builder, sums, at, F32, 4)
@@ -116,6 +117,7 @@ class _Dots:
     def __init__(self, kind: int, vectors: int) -> None:
         self.kind, self.vectors = kind, vectors
         self.size = WORD_BYTES // vectors
+        self.passes = 1
         self.bytes_, self.shorts, self.ints = (
             ir.VectorType(t, self.size // size) for t, size in ((I8, 1), (_I16, 2), (I32, 4))
         )
@@ -146,7 +148,7 @@ class _Vnni(_Dots):
         """Sums before anything was added."""
         return [ir.Constant(self.ints, [0] * (self.size // 4)) for _ in range(self.vectors)]
 
-    def unpack(self, builder: Any, levels: Any, at: Any, first: int) -> list[tuple[int, list[Any]]]:
+    def unpack(self, builder: Any, levels: Any, at: Any, first: int, which: int) -> list[tuple[int, list[Any]]]:
         """What a step multiplies: the first of four inputs, and levels above zero."""
         vectors = self.loaded(builder, levels, at)
         if self.kind == Q4:
@@ -155,7 +157,7 @@ class _Vnni(_Dots):
         top = ir.Constant(self.bytes_, [-128] * self.size)
         return [(first, [builder.xor(v, top) for v in vectors])]
 
-    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any) -> None:
+    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any, which: int) -> None:
         """Add products with four inputs."""
         inputs = _repeated(builder, four, self.size // 4)
         name = f"llvm.x86.avx512.vpdpbusd.{8 * self.size}"
@@ -171,27 +173,33 @@ class _Vnni(_Dots):
 class _Maddubs(_Dots):
     """With `vpmaddubsw`: the upper halves of 8-bit levels have sums of their own."""
 
+    def __init__(self, kind: int, vectors: int) -> None:
+        super().__init__(kind, vectors)
+        self.passes = 1 if kind == Q4 else 2
+
     def nothing(self) -> list[Any]:
         """Sums before anything was added."""
         count = self.vectors * (1 if self.kind == Q4 else 2)
         return [ir.Constant(self.shorts, [0] * (self.size // 2)) for _ in range(count)]
 
-    def unpack(self, builder: Any, levels: Any, at: Any, first: int) -> list[tuple[int, list[Any]]]:
+    def unpack(self, builder: Any, levels: Any, at: Any, first: int, which: int) -> list[tuple[int, list[Any]]]:
         """What a step multiplies: the first of four inputs, and halves of levels above zero."""
         vectors = self.loaded(builder, levels, at)
         if self.kind == Q4:
             low, high = self.halves(builder, vectors)
             return [(first, low), (BLOCK // 2 + first, high)]
         top = ir.Constant(self.bytes_, [-128] * self.size)
-        low, high = self.halves(builder, [builder.xor(v, top) for v in vectors])
-        return [(first, low + high)]
+        if which == 0:
+            return [(first, self.halves(builder, vectors)[0])]
+        return [(first, self.halves(builder, [builder.xor(v, top) for v in vectors])[1])]
 
-    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any) -> None:
+    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any, which: int) -> None:
         """Add products with four inputs."""
         inputs = builder.bitcast(_repeated(builder, four, self.size // 4), self.bytes_)
         for v, levels in enumerate(weights):
             found = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", self.shorts, [levels, inputs])
-            sums[v] = builder.add(sums[v], found)
+            place = which * self.vectors + v
+            sums[place] = builder.add(sums[place], found)
 
     def total(self, builder: Any, sums: list[Any]) -> Any:
         """32-bit sums of all outputs."""

@@ -26,8 +26,8 @@ INTEGER = 2
 
 def _over(kind: int, make: Any, name: str) -> Any:
     """The product for one kind; rows and tiles in groups that fill the registers of a CPU with 16 of them."""
-    one_by_four, two_by_two, four_by_one, one_by_one = (
-        make(kind, rows, tiles) for rows, tiles in ((1, 4), (2, 2), (4, 1), (1, 1))
+    one_by_four, two_by_two, three_by_one, four_by_one, one_by_one = (
+        make(kind, rows, tiles) for rows, tiles in ((1, 4), (2, 2), (3, 1), (4, 1), (1, 1))
     )
     level_bytes, number_bytes = LEVEL_BYTES[kind], NUMBER_BYTES[kind]
 
@@ -48,6 +48,11 @@ def _over(kind: int, make: Any, name: str) -> Any:
                         wt, nt = w + t * tile_levels, n + t * tile_numbers
                         four_by_one(xr, ldx, sr, lds, blocks, wt, nt, orow + t * 64, ldo, add)
                     row += 4
+                elif rows - row == 3:
+                    for t in range(group):
+                        wt, nt = w + t * tile_levels, n + t * tile_numbers
+                        three_by_one(xr, ldx, sr, lds, blocks, wt, nt, orow + t * 64, ldo, add)
+                    row += 3
                 elif rows - row >= 2 and group == 4:
                     w2, n2 = w + 2 * tile_levels, n + 2 * tile_numbers
                     two_by_two(xr, ldx, sr, lds, blocks, w, n, orow, ldo, add)
