@@ -11,6 +11,8 @@ from paceline.engine.draft_tree import DraftTree
 from paceline.engine.types import DraftBatch, InFlight, NodeLabels, Observation, StepStats
 
 TOP_IDS = 8
+_NONE, _NO_CHANCES = np.empty(0, dtype=np.int64), np.empty(0)
+_NO_LABELS = NodeLabels((), _NONE, _NONE, _NONE, _NONE, _NO_CHANCES, np.empty(0, dtype=np.bool_))
 
 
 def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str, float]) -> StepStats:
@@ -24,7 +26,8 @@ def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str
     rows = zip(step.batch.sampling, step.drafted.trees, step.acceptance.walks, strict=True)
     walked = [(i, item, tree, walk) for i, (item, tree, walk) in enumerate(rows) if walk is not None]
     asked = step.drafted.seconds
-    gains, nodes = _gains(step.verified, asked)
+    gains, nodes = _gains(step.verified, asked) if asked else ({}, {})
+    trees = [(i, tree, walk.tokens) for i, _, tree, walk in walked]
     return StepStats(
         requests=tuple(item.request for _, item, _, _ in walked),
         num_prompt_tokens=step.batch.num_tokens - len(step.batch.sampling),
@@ -38,7 +41,7 @@ def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str
         draft_depths=_depths(step.drafted),
         gains=gains,
         nodes=nodes,
-        labels=node_labels([(i, tree, walk.tokens) for i, _, tree, walk in walked], step.plan.acceptance),
+        labels=node_labels(trees, step.plan.acceptance) if asked else _NO_LABELS,
         slot_price=step.verified.slot_price if step.plan.slot_price is None else step.plan.slot_price,
     )
 

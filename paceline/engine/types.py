@@ -162,7 +162,10 @@ class TargetScores:
     @cached_property
     def host(self) -> NDArray[np.float32]:
         """All rows in fp32 on the host.  # [num_rows, vocab]"""
-        rows: NDArray[np.float32] = self.logits.float().cpu().numpy()
+        logits = self.logits
+        if logits.is_cuda or logits.dtype != torch.float32:
+            logits = logits.float().cpu()
+        rows: NDArray[np.float32] = logits.numpy()
         return rows
 
     @cached_property

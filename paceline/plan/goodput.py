@@ -44,6 +44,10 @@ _EVERY_STEP = 64
 """First steps, in which costs are learned and read anew every time; later every `_KEEP_STEPS`."""
 _KEEP_STEPS = 8
 _KEPT_TIMES = 64
+_SIZE_STEP = 32
+"""Times are asked for up to a multiple of so many draft nodes, so that they can be kept while room gets less."""
+_LONGEST_REST = 8
+"""Steps without a plan at most, after one in which nobody was worth asking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,26 +158,31 @@ class GoodputLength:
         self._levels = DraftLevels(estimates, cost, self._usage, dynamic=len(self._costly) == 1)
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
         self._last_times: FloatArray | None = None
+        self._rest_until = 0
+        self._resting: tuple[Request, ...] = ()
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
         self._step += 1
+        if self._step < self._rest_until and _decoding(batch) == self._resting:
+            return _NOTHING_PAYS
         asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
         room = int(asked.room.sum())
         if not room:
             return _NOBODY
-        times = self._times(batch, asked, min(room, _MAX_BUCKET))
+        times = self._times(batch, asked, min(-(-room // _SIZE_STEP) * _SIZE_STEP, _MAX_BUCKET))
         self._last_times = times.seconds
         goodput = self._goodput.at(len(asked), times.plain)
         limits, depths, stop = self._limits(asked, times, goodput)
         if not limits:
+            self._rest(batch, times.plain)
             return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
         return SpecPlan(
             budgets=asked.room,
             drafters=tuple(limits),
-            bucket=len(times.seconds) - 1,
+            bucket=min(room, _MAX_BUCKET),
             acceptance=self._estimates.of_batch(asked.requests, asked.rows, limits),
             limits=limits,
             depths=depths,
@@ -202,6 +211,13 @@ class GoodputLength:
     def forget(self, request: Request) -> None:
         """Drop a finished request's estimates."""
         self._estimates.forget(request)
+
+    def _rest(self, batch: ScheduledBatch, plain: float) -> None:
+        """Do not plan anew before the next look in shadow is due, while the same requests decode."""
+        self._resting = _decoding(batch)
+        if self._resting and not self._costly:
+            looks = [self._usage.next_look(d.name, len(self._resting), plain) for d in self._drafters if d.most]
+            self._rest_until = min([*looks, self._step + _LONGEST_REST])
 
     def _node_cost(self, nodes: int, goodput: float) -> float:
         """Tokens that each of a step's draft nodes cost on average."""
@@ -267,6 +283,13 @@ class GoodputLength:
             weights.append(known.weight * min(max(needed / rate, 1.0), _URGENCY))
         result = np.array(weights)
         return None if (result == result[0]).all() else result / result.mean()
+
+
+def _decoding(batch: ScheduledBatch) -> tuple[Request, ...]:
+    """The requests of a step in which all of them decode; nobody otherwise."""
+    if batch.num_tokens != len(batch.items):
+        return ()
+    return tuple([item.request for item in batch.items if item.samples])
 
 
 _NOBODY = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={}, observers=frozenset())

@@ -37,11 +37,15 @@ class DrafterUse:
         """Whether it brings more tokens than its time would; true until it was tried."""
         return self.asked < _TRIALS or self.gain > goodput * self.seconds
 
-    def due(self, step: int, seconds: float, step_seconds: float) -> bool:
-        """Whether it is time for a look in shadow that takes `seconds`."""
+    def next_look(self, seconds: float, step_seconds: float) -> int:
+        """The step from which on a look in shadow that takes `seconds` is due."""
         share = seconds / step_seconds
         longest = _LONG_PERIOD * max(1.0, share / _LARGE_LOOK)
-        return step - self.last >= min(max(math.ceil(share / _SHADOW_SHARE), 1), longest)
+        return self.last + math.ceil(min(max(share / _SHADOW_SHARE, 1.0), longest))
+
+    def due(self, step: int, seconds: float, step_seconds: float) -> bool:
+        """Whether it is time for one."""
+        return step >= self.next_look(seconds, step_seconds)
 
     def learn(self, gain: float, seconds: float, goodput: float) -> None:
         """Take in a step in which it was asked; values per sampling request."""
@@ -74,6 +78,11 @@ class Usage:
             use.last = step
             return True
         return False
+
+    def next_look(self, name: str, requests: int, step_seconds: float) -> int:
+        """The step from which on a drafter that is not worth asking is due to be looked at; arguments as above."""
+        use = self._use.setdefault(name, DrafterUse())
+        return use.next_look(use.seconds * requests, step_seconds)
 
     def probe(self, name: str, step: int, seconds: float, step_seconds: float) -> bool:
         """Whether a drafter that is planned by depth should look one token further than it pays, for `seconds`."""

@@ -27,6 +27,8 @@ class CoupledRule:
 
     def accept(self, tree: DraftTree, law: LawSource, noise: Noise, position: int, vocab_size: int) -> Walk:
         """Walk from the root along the target's own samples while the tree holds them."""
+        if not len(tree):
+            return Walk((), (draw_target(law(ROOT, []), noise, position, vocab_size),))
         children = tree.children()
         node = ROOT
         path: list[int] = []
