@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from paceline.arrays import IntArray
+from paceline.cache.pages import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class KVShape:
 class PagedKV:
     """Keys and values of `num_blocks` blocks.
 
-    Pages of the pool are touched only when written, so an idle cache costs no memory on a CPU.
+    Pages of the pool (of 2 MB where the system has them) are touched only when written, so an idle cache costs no
+    memory on a CPU.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> None:
@@ -37,7 +39,8 @@ class PagedKV:
         self.block_size = block_size
         self.num_blocks = num_blocks
         size = (shape.num_layers, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-        self._data = torch.zeros(size, dtype=shape.dtype, device=device)
+        on_host = device.type == "cpu"
+        self._data = zeros(size, shape.dtype) if on_host else torch.zeros(size, dtype=shape.dtype, device=device)
         self._slots = self._data.flatten(2, 3)  # [layers, 2, slots, kv_heads, head_dim]
         self._blocks = self._data.flatten(3)  # [layers, 2, blocks, block_size * kv_heads * head_dim]
         self._layer_slots = [tuple(layer) for layer in self._slots]

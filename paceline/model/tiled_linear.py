@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from paceline.cache.pages import Arena
 from paceline.model.gguf_blocks import BLOCK, Blocks
 
 LANES = 16
 """Outputs of a tile; a layer with others is filled up with zeros."""
-_ALIGNMENT = 64
+_WEIGHTS = Arena()
 
 
 class TiledLinear(nn.Module):
@@ -47,7 +48,7 @@ class TiledLinear(nn.Module):
         self.kind, self.dtype, self.rounds_inputs = kind, dtype, rounds_inputs
         self.tiles, self.blocks = int(levels.shape[0]), int(levels.shape[1])
         self.in_features, self.out_features = self.blocks * BLOCK, out_features
-        self.levels, self.numbers = _aligned(levels), None if numbers is None else _aligned(numbers)
+        self.levels, self.numbers = _WEIGHTS.copy(levels), None if numbers is None else _WEIGHTS.copy(numbers)
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
 
     @property
@@ -146,11 +147,3 @@ def _lanes_last(matrix: torch.Tensor, width: int) -> torch.Tensor:
 def _halves(numbers: torch.Tensor) -> torch.Tensor:
     """As they stand in the file.  # fp32 [N, G] -> f16 [T, G, 1, 16]"""
     return _lanes_last(numbers, 1).to(torch.float16)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that begins where whole vectors can be loaded."""
-    found = torch.empty(tensor.shape, dtype=tensor.dtype)
-    assert found.data_ptr() % _ALIGNMENT == 0, "PyTorch aligns what it allocates"
-    found.copy_(tensor)
-    return found

@@ -148,7 +148,7 @@ class _Vnni(_Dots):
         """Sums before anything was added."""
         return [ir.Constant(self.ints, [0] * (self.size // 4)) for _ in range(self.vectors)]
 
-    def unpack(self, builder: Any, levels: Any, at: Any, first: int, which: int) -> list[tuple[int, list[Any]]]:
+    def unpack(self, builder: Any, levels: Any, at: Any, first: int, which: int) -> list[tuple[int, list[Any]]]:  # noqa: ARG002
         """What a step multiplies: the first of four inputs, and levels above zero."""
         vectors = self.loaded(builder, levels, at)
         if self.kind == Q4:
@@ -157,7 +157,7 @@ class _Vnni(_Dots):
         top = ir.Constant(self.bytes_, [-128] * self.size)
         return [(first, [builder.xor(v, top) for v in vectors])]
 
-    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any, which: int) -> None:
+    def add(self, builder: Any, sums: list[Any], weights: list[Any], four: Any, which: int) -> None:  # noqa: ARG002
         """Add products with four inputs."""
         inputs = _repeated(builder, four, self.size // 4)
         name = f"llvm.x86.avx512.vpdpbusd.{8 * self.size}"
@@ -183,7 +183,7 @@ class _Maddubs(_Dots):
         return [ir.Constant(self.shorts, [0] * (self.size // 2)) for _ in range(count)]
 
     def unpack(self, builder: Any, levels: Any, at: Any, first: int, which: int) -> list[tuple[int, list[Any]]]:
-        """What a step multiplies: the first of four inputs, and halves of levels above zero."""
+        """What a step multiplies in a pass: the first of four inputs, and halves of levels above zero."""
         vectors = self.loaded(builder, levels, at)
         if self.kind == Q4:
             low, high = self.halves(builder, vectors)
