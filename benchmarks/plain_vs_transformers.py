@@ -1,6 +1,6 @@
 """Paceline's plain path (`none`) against `transformers.generate`, interleaved in one process.
 
-    python benchmarks/plain_vs_transformers.py --dtype bfloat16 --json benchmarks/cpu/plain.json
+    python benchmarks/plain_vs_transformers.py --dtype auto --json benchmarks/cpu/plain.json
 
 Tokens per second (prefill included) of greedy answers at batch 1 and at 8 concurrent requests. For 8, transformers
 gets its strongest form, one left-padded batch. Every answer ends at its own end token or at `--max-tokens`, and both
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from paceline import LLM, SamplingParams
 from paceline.bench.host import host_info
 from paceline.model.loader import load_model
+from paceline.model.tiled_linear import TiledLinear
 
 QUESTIONS = Path(__file__).parent.parent / "paceline" / "bench" / "questions.jsonl"
 
@@ -35,7 +36,8 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--their-dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved repeats of every measurement")
     parser.add_argument("--json", help="write the result here")
@@ -43,15 +45,19 @@ def main() -> None:
 
     loaded = load_model(args.model, dtype=args.dtype)
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    weights += sum(m.num_bytes for m in loaded.model.modules() if isinstance(m, TiledLinear))
     llm = LLM(loaded, speculation="none", enable_prefix_caching=False)
-    reference = AutoModelForCausalLM.from_pretrained(loaded.path, dtype=loaded.dtype, attn_implementation="sdpa").eval()
+    reference = AutoModelForCausalLM.from_pretrained(
+        loaded.path, dtype=getattr(torch, args.their_dtype), attn_implementation="sdpa"
+    ).eval()
     questions = [json.loads(line)["turns"][0] for line in QUESTIONS.read_text().splitlines()]
     prompts = [llm.chat_prompt([{"role": "user", "content": q}]) for q in questions]
     result: dict[str, Any] = {"host": host_info(loaded.precision, loaded.device), "model": args.model}
     for batch, groups in ((1, [[p] for p in prompts[::4]]), (8, [prompts[i : i + 8] for i in range(0, 24, 8)])):
         result[f"batch_{batch}"] = compare(llm, reference, groups, args.max_tokens, args.rounds)
     result["host_share"] = {f"temperature_{t}": host_share(llm, prompts[0], t) for t in (0, 1)}
-    result["memory"] = memory(llm, args.model, weights)
+    result["their_dtype"] = args.their_dtype
+    result["memory"] = memory(llm, args.model, args.dtype, weights)
     print(json.dumps(result, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -114,7 +120,7 @@ def host_share(llm: LLM, prompt: Sequence[int], temperature: int) -> dict[str, f
     stream = llm.stream(list(prompt), params)
     for _ in stream:
         stats = llm.engine.last_stats
-        if stats is not None and stats.num_tokens == 1:
+        if stats is not None and stats.num_committed == 1 and not stats.num_prompt_tokens:
             steps.append((stats.step_seconds, stats.forward_seconds))
     outside = [whole - network for whole, network in steps]
     return {
@@ -135,9 +141,9 @@ print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def memory(llm: LLM, model: str, weights: int) -> dict[str, int]:
+def memory(llm: LLM, model: str, dtype: str, weights: int) -> dict[str, int]:
     """Peak resident MiB of a fresh process that serves one request of 1,000 + 128 tokens with `auto`."""
-    command = [sys.executable, "-c", _MEMORY_PROBE, model, str(llm.loaded.dtype).removeprefix("torch.")]
+    command = [sys.executable, "-c", _MEMORY_PROBE, model, dtype]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     loaded, peak = (int(kib) // 1024 for kib in out.split()[-2:])
     kv = 1128 * llm.engine.runner.kv.shape.bytes_per_token
