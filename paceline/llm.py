@@ -16,7 +16,7 @@ from paceline.engine.constraint import Constraint
 from paceline.engine.request import Request
 from paceline.engine.rng import fresh_seed
 from paceline.engine.speculation import check_speculation
-from paceline.errors import RequestError, SamplingParamsError
+from paceline.errors import ConfigError, RequestError, SamplingParamsError
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Collector, Generation, StreamChunk
 
@@ -35,7 +35,7 @@ class LLM:
         **options: fields of `EngineConfig`.
 
     Raises:
-        ConfigError: an unknown or impossible option.
+        ConfigError: an unknown or impossible option, or one that this model has no use for.
         ModelError: the model cannot be found or run.
     """
 
@@ -57,6 +57,12 @@ class LLM:
                 device=self.config.device,
                 activations=self.config.activations,
                 trust_remote_code=self.config.trust_remote_code,
+            )
+        if self.config.activations != "auto" and not model.kept_kinds:
+            raise ConfigError(
+                f"is for weights in 4 and 8 bits, and {model.name} runs in {model.precision} here.",
+                field="activations",
+                fix="Leave it out; dtype sets the number format of everything.",
             )
         self.loaded = model
         self.engine = build_engine(self.config, model, on_progress)

@@ -27,9 +27,14 @@ def host_info(precision: str, device: torch.device) -> dict[str, Any]:
         "dtype": precision,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("paceline", "torch", "transformers")},
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(map(_told, sys.argv)).replace("__main__.py", "paceline", 1),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _told(argument: str) -> str:
+    """An argument as others may read it: of a path on this machine, the name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _cpu_model() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 
@@ -17,7 +18,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if not size or _HUGE is None:
         return torch.zeros(shape, dtype=dtype)
     buffer = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer.madvise(_HUGE)
+    with contextlib.suppress(OSError):  # a system without them says so
+        buffer.madvise(_HUGE)
     return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
 
 

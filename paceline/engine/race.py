@@ -1,8 +1,8 @@
-"""The draw of `Law.draw` over a whole vocabulary as native code, noise made only for tokens that can win.
+"""The draw of `Law.draw` over a whole vocabulary in one pass of native code, without arrays in between.
 
 A token finishes at E / w, E = -log u and w = exp(logit - max), and the first one is drawn. E >= 1 - u >= 2^-33, so one
-whose weight times the likeliest token's finish is less than that cannot win whatever its noise is: most of a vocabulary
-is passed over eight tokens at a time (a block of Philox4x64-10) without making any.
+whose weight times the likeliest token's finish is less than that cannot win whatever its noise is. Eight such tokens in
+a row (a block of Philox4x64-10) get none; for the rest, a bound on w that costs two operations says who is looked at.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from paceline.compiled import compiled
 from paceline.engine.rng import WORDS_PER_BLOCK, Noise, Stream
 
 _F32 = ir.FloatType()
@@ -80,7 +81,7 @@ def _finish(word: int, below: float) -> float:
     return -np.log((np.float64(word) + 0.5) * 2.0**-32) / np.exp(below)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def _race(logits: np.ndarray, place: np.ndarray) -> int:
     words = np.empty(WORDS_PER_BLOCK, np.uint32)
     count = logits.shape[0]

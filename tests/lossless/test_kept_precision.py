@@ -30,11 +30,14 @@ def alone(kept: LLM, params: SamplingParams) -> list[Generation]:
     return [kept.generate(prompt, params)[0] for prompt in chat_prompts(kept)]
 
 
-@pytest.mark.parametrize(("activations", "rounding"), [("float32", 1e-3), ("auto", 2.5)])
+@pytest.mark.parametrize(
+    ("activations", "most", "typical", "divergence"), [("float32", 1e-3, 1e-4, 1e-6), ("auto", 5.0, 0.4, 8e-3)]
+)
 def test_logits_are_those_of_the_dequantised_model(
-    kept: LLM, real_model: LoadedModel, activations: str, rounding: float
+    kept: LLM, real_model: LoadedModel, activations: str, most: float, typical: float, divergence: float
 ) -> None:
-    """Up to the rounding of inputs, so the greedy token is the same wherever the gap exceeds it."""
+    """Up to the rounding of inputs (bounds: about twice what it costs llama.cpp), so the greedy token is the
+    same wherever the gap exceeds it."""
     exact = real_llm(real_model)
     if activations != "auto":
         kept = real_llm(load_model(str(kept.loaded.path), device="cpu", activations=activations))
@@ -42,16 +45,18 @@ def test_logits_are_those_of_the_dequantised_model(
     texts += [[*g.prompt_token_ids, *g.token_ids] for g in alone(kept, GREEDY)]
     ours, theirs = (np.concatenate([logits_in_chunks(llm, t, 64) for t in texts]) for llm in (kept, exact))
     error = np.abs(ours - theirs).max()
-    typical = float(np.sqrt(np.square(ours - theirs).mean()))
+    usual = float(np.sqrt(np.square(ours - theirs).mean()))
     p, q = (torch.log_softmax(torch.from_numpy(x), dim=-1) for x in (theirs, ours))
-    divergence = float((p.exp() * (p - q)).sum(dim=-1).mean())
+    apart = float((p.exp() * (p - q)).sum(dim=-1).mean())
     best = np.argsort(-theirs, axis=1)[:, :2]
     other = ours.argmax(axis=1) != best[:, 0]
-    print(f"\n{len(ours)} positions: error {typical:.1e}, at most {error:.1e}; {other.sum()} other greedy tokens")
-    print(f"Kullback-Leibler divergence {divergence:.1e}")
+    print(f"\n{len(ours)} positions: error {usual:.1e}, at most {error:.1e}; {other.sum()} other greedy tokens")
+    print(f"Kullback-Leibler divergence {apart:.1e}")
     assert len(ours) > 400
-    assert error < rounding
-    assert (top_gap(theirs, best)[other] < 2 * rounding).all()
+    assert error < most
+    assert usual < typical
+    assert apart < divergence
+    assert (top_gap(theirs, best)[other] < 2 * error).all()
 
 
 def test_logits_do_not_depend_on_how_a_text_is_cut(kept: LLM) -> None:

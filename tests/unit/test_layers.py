@@ -11,7 +11,7 @@ import paceline
 
 ROOT = Path(paceline.__file__).parent
 _VALUES = ("types", "constraint", "draft_progress", "draft_tree", "positional", "request", "sampling", "rng", "race")
-TYPES = ("errors", "config", "arrays", *(f"engine.{name}" for name in _VALUES))
+TYPES = ("errors", "config", "arrays", "compiled", *(f"engine.{name}" for name in _VALUES))
 STAGES = ("schedule", "plan", "draft", "verify")
 RESOURCES = ("model", "constrain")
 LAYERS = (

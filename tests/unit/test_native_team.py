@@ -1,4 +1,4 @@
-"""Threads of the native forward: all run, meet, and hand errors on."""
+"""Threads of the native forward: all run, meet, and take turns with other callers'."""
 
 from __future__ import annotations
 

@@ -11,13 +11,15 @@ from paceline.cache import pages
 from paceline.cache.pages import Arena, zeros
 
 
-@pytest.fixture(params=["large", "plain"])
+@pytest.fixture(params=["large", "refused", "plain"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system with large pages, if this one has them, and one without."""
+    """A system with large pages, if this one has them, one that refuses them, and one that does not know them."""
     if request.param == "plain":
         monkeypatch.setattr(pages, "_HUGE", None)
     elif not hasattr(mmap, "MADV_HUGEPAGE"):
         pytest.skip("this system has no large pages")
+    elif request.param == "refused":
+        monkeypatch.setattr(pages, "_HUGE", 1 << 20)  # advice that no system knows
 
 
 @pytest.mark.usefixtures("system")

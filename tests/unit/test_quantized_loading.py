@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from paceline import LLM, SamplingParams
 from paceline.bench import roofline
-from paceline.errors import CorruptFileError, PacelineError, UnsupportedModelError
+from paceline.errors import ConfigError, CorruptFileError, PacelineError, UnsupportedModelError
 from paceline.model import loader, quantized_loading
 from paceline.model.convert import BLOCKS_FILE, BLOCKS_FORMAT
 from paceline.model.loader import LoadedModel, load_model
@@ -95,6 +95,13 @@ def test_a_cpu_without_the_instructions_does_not_round_and_says_so(
     assert not load_model(str(path), device="cpu").rounds_inputs
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "float32" in caplog.text
+
+
+def test_activations_without_kept_weights_are_refused(tmp_path: Path) -> None:
+    path, _ = made(tmp_path, Kind.Q4_0)
+    with pytest.raises(ConfigError, match="activations"):
+        LLM(str(path), device="cpu", dtype="float32", activations="float32")
+    assert not LLM(str(path), device="cpu", activations="float32", kv_cache_memory=4 << 20).loaded.rounds_inputs
 
 
 @pytest.mark.parametrize("kind", [*KEPT, Kind.F16, Kind.F32])

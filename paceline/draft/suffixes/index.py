@@ -11,9 +11,9 @@ what came lately says more about what comes next than what came long ago.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from paceline.arrays import IntArray
+from paceline.compiled import compiled
 from paceline.draft.suffixes.memory import TOP, double, give, grown, inner, take
 from paceline.draft.suffixes.nodes import (
     CHILDREN,
@@ -82,7 +82,7 @@ class SuffixIndex:
         drop_oldest(self.memory, count)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def start_sequence(m: np.ndarray) -> int:
     """Number of a new sequence, or -1: more memory is needed."""
     records = 1 << m[_RECORDS_CLASS]
@@ -98,7 +98,7 @@ def start_sequence(m: np.ndarray) -> int:
     return number
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def append_tokens(m: np.ndarray, sequence: int, tokens: np.ndarray) -> int:
     """Append tokens until memory could run out; how many it were."""
     if sequence < m[FIRST]:
@@ -118,7 +118,7 @@ def append_tokens(m: np.ndarray, sequence: int, tokens: np.ndarray) -> int:
     return len(tokens)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def drop_oldest(m: np.ndarray, count: int) -> None:
     """Forget so many tokens. A sequence is gone with its last one."""
     while count > 0 and m[FIRST] != m[END]:

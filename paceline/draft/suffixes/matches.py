@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from paceline.compiled import compiled
 from paceline.draft.suffixes.index import INDEX, INDEX_BITS, LENGTH, LONGEST, TEXT, record_of
 from paceline.draft.suffixes.memory import inner
 from paceline.draft.suffixes.nodes import CHILDREN, COUNT, LEAF, PARENT, ROOT, child_of, place_at
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def find(
     m: np.ndarray,
     ending: np.ndarray,

@@ -6,8 +6,8 @@ Occurrences that go on alike form a group; a group that may become a node is a c
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from paceline.compiled import compiled
 from paceline.draft.suffixes.heap import pop, push
 from paceline.draft.suffixes.matches import find
 from paceline.draft.suffixes.memory import inner
@@ -41,7 +41,7 @@ NUM_CHANCES = 4
 _OCCURRENCES, _MEMBERS, _CANDIDATES, _WAITING, _LOGGED = range(5)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def grow(
     own: np.ndarray,
     past: np.ndarray,
@@ -113,7 +113,7 @@ def grow(
         _write_path(tree, node, text, end + depth)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def learn(
     openness: np.ndarray, tokens: np.ndarray, parents: np.ndarray, log: np.ndarray, committed: np.ndarray
 ) -> None:

@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, njit
 
+from paceline.compiled import address_of
 from paceline.model.native.attention import attend
 from paceline.model.native.matmul import CALL, block_sums, multiply_part, round_row
 from paceline.model.native.packed import WORDS, array1, array2, array3, array5, number
@@ -65,7 +66,7 @@ ARGUMENTS = 28
 @cache
 def forward_address() -> int:
     """The address of `part` for a team; compiled when first asked for."""
-    return int(cfunc(PART, cache=True, error_model="numpy")(part).address)
+    return address_of(part, PART)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -16,19 +16,9 @@ from typing import Any
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from paceline.model.native.float_kernel import deliver
-from paceline.model.native.tiles import (
-    BLOCK,
-    KINDS,
-    LEVEL_BYTES,
-    NUMBER_BYTES,
-    Q4,
-    STEPS,
-    WORD_BYTES,
-    kernel,
-    scaled,
-)
-from paceline.model.native.vectors import F32, FLOATS, I8, I32, I64, INTS, LANES, ZERO, constant, fma, load, splat
+from paceline.model.native.grid import Grid
+from paceline.model.native.tiles import BLOCK, KINDS, LEVEL_BYTES, Q4, STEPS, WORD_BYTES, kernel
+from paceline.model.native.vectors import F32, FLOATS, I8, I32, I64, INTS, LANES, constant, fma, load, splat
 
 _I16 = ir.IntType(16)
 
@@ -57,39 +47,29 @@ def integer_kernel(kind: int, rows: int, tiles: int) -> Any:
 
 
 def _body(builder: Any, arguments: Any, *, kind: int, rows: int, tiles: int, dots: _Maddubs | _Vnni) -> None:
-    x, ldx, sums, lds, blocks, levels, numbers, out, ldo, add = arguments
-    x, sums, levels, numbers, out = (builder.inttoptr(v, I8.as_pointer()) for v in (x, sums, levels, numbers, out))
-    grid = [(m, t) for m in range(rows) for t in range(tiles)]
-    whole = {at: cgutils.alloca_once_value(builder, ZERO) for at in grid}
-    row_x = [builder.mul(I64(m), ldx) for m in range(rows)]
-    row_sums = [builder.mul(I64(m), lds) for m in range(rows)]
-    tile_levels = [builder.mul(I64(t * LEVEL_BYTES[kind]), blocks) for t in range(tiles)]
-    tile_numbers = [builder.mul(I64(t * NUMBER_BYTES[kind]), blocks) for t in range(tiles)]
-    with cgutils.for_range(builder, blocks) as loop:
+    grid = Grid(builder, arguments, kind, rows, tiles)
+    with cgutils.for_range(builder, grid.blocks) as loop:
         at_levels = builder.mul(loop.index, I64(LEVEL_BYTES[kind]))
-        at_x = [builder.add(row, builder.mul(loop.index, I64(BLOCK))) for row in row_x]
-        found = {at: dots.nothing() for at in grid}
+        at_x = [builder.add(row, builder.mul(loop.index, I64(BLOCK))) for row in grid.row_x]
+        found = {cell: dots.nothing() for cell in grid.cells}
         for which in range(dots.passes):
             for step in range(STEPS[kind]):
                 for t in range(tiles):
-                    at = builder.add(builder.add(tile_levels[t], at_levels), I64(step * WORD_BYTES))
-                    for first, weights in dots.unpack(builder, levels, at, 4 * step, which):
+                    at = builder.add(builder.add(grid.tile_levels[t], at_levels), I64(step * WORD_BYTES))
+                    for first, weights in dots.unpack(builder, grid.levels, at, 4 * step, which):
                         for m in range(rows):
-                            four = load(builder, x, builder.add(at_x[m], I64(first)), I32, 4)
+                            four = load(builder, grid.x, builder.add(at_x[m], I64(first)), I32, 4)
                             dots.add(builder, found[m, t], weights, four, which)
-        for m, t in grid:
-            at = builder.add(row_sums[m], builder.mul(loop.index, I64(8)))
-            scale = load(builder, sums, at, F32, 4)
-            sum_of_q = load(builder, sums, builder.add(at, I64(4)), F32, 4)
+        for m, t in grid.cells:
+            at = builder.add(grid.row_sums[m], builder.mul(loop.index, I64(8)))
+            scale = load(builder, grid.sums, at, F32, 4)
+            sum_of_q = load(builder, grid.sums, builder.add(at, I64(4)), F32, 4)
             product = builder.sitofp(dots.total(builder, found[m, t]), FLOATS)
             if kind != Q4:  # levels were taken as level + 128, and this takes it back exactly
                 product = fma(builder, constant(FLOATS, -128.0), splat(builder, sum_of_q), product)
             product = builder.fmul(product, splat(builder, scale))
-            place = builder.add(tile_numbers[t], builder.mul(loop.index, I64(NUMBER_BYTES[kind])))
-            sum_of_x, before = builder.fmul(scale, sum_of_q), builder.load(whole[m, t])
-            builder.store(scaled(builder, kind, numbers, place, product, sum_of_x, before), whole[m, t])
-    for m, t in grid:
-        deliver(builder, whole[m, t], out, builder.add(builder.mul(I64(4 * m), ldo), I64(4 * LANES * t)), add)
+            grid.add((m, t), loop.index, product, builder.fmul(scale, sum_of_q))
+    grid.deliver()
 
 
 def _call(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit
+from numba import carray
 
+from paceline.compiled import address_of, compiled
 from paceline.model.native.matmul import CALL, block_sums, multiply_part, product_address, round_row
 from paceline.model.native.packed import WORDS, array1, array2, pack
 from paceline.model.native.team import PART, team
@@ -52,10 +53,10 @@ def _part(thread: int, threads: int, _: int, words: Any) -> None:
 
 @cache
 def _part_address() -> int:
-    return int(cfunc(PART, cache=True, error_model="numpy")(_part).address)
+    return address_of(_part, PART)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def _prepare(x: np.ndarray, sums: np.ndarray, rounded: np.ndarray) -> None:
     for row in range(len(x)):
         if rounded.size:
@@ -64,7 +65,7 @@ def _prepare(x: np.ndarray, sums: np.ndarray, rounded: np.ndarray) -> None:
             block_sums(x[row], sums[row])
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled()
 def _product(
     weight: np.ndarray,
     x: np.ndarray,

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit
+from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from paceline.compiled import address_of, compiled
 from paceline.model.native.float_kernel import float_kernel
 from paceline.model.native.integer_kernel import integer_kernel
 from paceline.model.native.tiles import BLOCK, KINDS, LEVEL_BYTES, NUMBER_BYTES
@@ -116,8 +117,7 @@ addresses of levels and numbers."""
 @cache
 def product_address(kind: str, integer: bool) -> int:
     """The address of the product with weights of one of `KINDS`, for `call_product`; compiled when first asked for."""
-    function = _PRODUCTS[integer][KINDS.index(kind)]
-    return int(cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(function).address)
+    return address_of(_PRODUCTS[integer][KINDS.index(kind)], "void(CPointer(int64))")
 
 
 @intrinsic
@@ -133,7 +133,7 @@ def call_product(typing_context: Any, address: Any, call: Any) -> Any:  # noqa: 
     return types.void(types.int64, types.uintp), generate
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def block_sums(x: np.ndarray, sums: np.ndarray) -> None:
     """The sum of every 32 values of a row.  # x [K], sums [K / 32]"""
     for block in range(x.shape[0] // BLOCK):
@@ -143,7 +143,7 @@ def block_sums(x: np.ndarray, sums: np.ndarray) -> None:
         sums[block] = found
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz"}, cache=True)
+@compiled(fastmath={"contract", "nsz"})
 def round_row(x: np.ndarray, rounded: np.ndarray, scales: np.ndarray) -> None:
     """A row in 8 bits: whole numbers of -127 .. 127 and a scale for every 32; NaN where the row is not finite.
 

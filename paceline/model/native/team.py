@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit
+from numba import carray, njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from paceline.compiled import address_of
 from paceline.model.native.vectors import I32, I64
 
 _PATIENCE = 20000
@@ -145,7 +146,7 @@ class Team:
         self.threads = threads if CAN_SHARE else 1
         self._counter = np.zeros(1, dtype=np.int64)
         self._call = np.zeros(7, dtype=np.int64)
-        self._entry = cfunc("void(CPointer(int64))", cache=True, error_model="numpy")(_enter).address
+        self._entry = address_of(_enter, "void(CPointer(int64))")
         self._openmp = _openmp() if self.threads > 1 else None
         if self._openmp is not None:
             numbers = (self._openmp.omp_get_thread_num, self._openmp.omp_get_num_threads)
