@@ -31,7 +31,8 @@ class Grid:
         self._whole = {cell: cgutils.alloca_once_value(builder, ZERO) for cell in self.cells}
         self.row_x = [builder.mul(I64(m), ldx) for m in range(rows)]
         self.row_sums = [builder.mul(I64(m), lds) for m in range(rows)]
-        self.tile_levels = [builder.mul(I64(t * LEVEL_BYTES[kind]), self.blocks) for t in range(tiles)]
+        self.tile_size = builder.mul(I64(LEVEL_BYTES[kind]), self.blocks)
+        self.tile_levels = [builder.mul(I64(t), self.tile_size) for t in range(tiles)]
         self._tile_numbers = [builder.mul(I64(t * NUMBER_BYTES[kind]), self.blocks) for t in range(tiles)]
 
     def add(self, cell: tuple[int, int], block: Any, product: Any, sum_of_x: Any) -> None:

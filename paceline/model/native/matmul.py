@@ -21,14 +21,16 @@ from paceline.model.native.integer_kernel import integer_kernel
 from paceline.model.native.tiles import BLOCK, KINDS, LEVEL_BYTES, NUMBER_BYTES
 from paceline.model.native.vectors import I64
 
+_CHUNK = 64
+"""Rows that all tiles are multiplied with before the next ones, while they are in a near cache."""
 INTEGER = 2
 """So many of `KINDS`, the first, can be multiplied with rows in 8 bits."""
 
 
-def _over(kind: int, make: Any, name: str) -> Any:
-    """The product for one kind; rows and tiles in groups that fill the registers of a CPU with 16 of them."""
+def _over(kind: int) -> Any:
+    """The product of fp32 rows; rows and tiles in groups that fill the registers of a CPU with 16 of them."""
     one_by_four, two_by_two, three_by_one, four_by_one, one_by_one = (
-        make(kind, rows, tiles) for rows, tiles in ((1, 4), (2, 2), (3, 1), (4, 1), (1, 1))
+        float_kernel(kind, rows, tiles) for rows, tiles in ((1, 4), (2, 2), (3, 1), (4, 1), (1, 1))
     )
     level_bytes, number_bytes = LEVEL_BYTES[kind], NUMBER_BYTES[kind]
 
@@ -67,15 +69,45 @@ def _over(kind: int, make: Any, name: str) -> Any:
                     row += 1
             tile += group
 
-    # Code that Numba kept in other processes is linked by name: the same name for all kinds would mix them up.
-    product.__name__ = product.__qualname__ = f"{name}_{KINDS[kind]}"
+    return _named(product, f"product_{KINDS[kind]}")
+
+
+def _integer_over(kind: int) -> Any:
+    """The product of rows in 8 bits: four with each tile, which a CPU with 16 registers can hold."""
+    one, two, three, four = (integer_kernel(kind, rows) for rows in (1, 2, 3, 4))
+    level_bytes, number_bytes = LEVEL_BYTES[kind], NUMBER_BYTES[kind]
+
+    def product(call: Any) -> None:
+        x, ldx, sums, lds, rows, blocks = call[0], call[1], call[2], call[3], call[4], call[5]
+        levels, numbers, tile, last = call[6], call[7], call[8], call[9]
+        out, ldo, add = call[10], call[11], call[12] != 0
+        for first in range(0, rows, _CHUNK):
+            chunk = min(_CHUNK, rows - first)
+            xc, sc, oc = x + first * ldx, sums + first * lds, out + first * ldo * 4
+            for t in range(tile, last):
+                w, n, o = levels + t * blocks * level_bytes, numbers + t * blocks * number_bytes, oc + t * 64
+                for row in range(0, chunk - 3, 4):
+                    four(xc + row * ldx, ldx, sc + row * lds, lds, blocks, w, n, o + row * ldo * 4, ldo, add)
+                row, left = chunk // 4 * 4, chunk % 4
+                xr, sr, orow = xc + row * ldx, sc + row * lds, o + row * ldo * 4
+                if left == 1:
+                    one(xr, ldx, sr, lds, blocks, w, n, orow, ldo, add)
+                elif left == 2:
+                    two(xr, ldx, sr, lds, blocks, w, n, orow, ldo, add)
+                elif left:
+                    three(xr, ldx, sr, lds, blocks, w, n, orow, ldo, add)
+
+    return _named(product, f"integer_product_{KINDS[kind]}")
+
+
+def _named(product: Any, name: str) -> Any:
+    """Compiled code that Numba kept in other processes is linked by name: one for all kinds would mix them up."""
+    product.__name__ = product.__qualname__ = name
     return njit(nogil=True, error_model="numpy")(product)
 
 
-_product_q4, _product_q8, _product_bf16, _product_f32 = (
-    _over(kind, float_kernel, "product") for kind in range(len(KINDS))
-)
-_integer_product_q4, _integer_product_q8 = (_over(kind, integer_kernel, "integer_product") for kind in range(INTEGER))
+_product_q4, _product_q8, _product_bf16, _product_f32 = (_over(kind) for kind in range(len(KINDS)))
+_integer_product_q4, _integer_product_q8 = (_integer_over(kind) for kind in range(INTEGER))
 
 
 # Numba keeps what it compiled only of functions that stand in a module by themselves.

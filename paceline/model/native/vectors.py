@@ -50,6 +50,14 @@ def fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return builder.call(function, [x, y, z])
 
 
+def fetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at an address, which need not exist."""
+    pointer, number = I8.as_pointer(), I32
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
+
+
 def total(builder: Any, vector: Any) -> Any:
     """The sum of all lanes, in a fixed order: halves are added until one is left."""
     width = LANES
