@@ -1,200 +1,232 @@
-"""Attention of one query token over paged keys and values, read where they lie.
+"""Attention of a few query tokens over paged keys and values, by all threads together.
 
-Scores of 16 keys are made at a time: a key's products with a query stay in vectors, and what is left of all 16 is
-summed together, halves by halves, so that a key's score does not depend on its place among them. The query heads that
-share a KV head go over the same keys one after the other while these are in the first cache. The softmax takes its
-maximum first: sums do not depend on how the context came about.
+Rows of a sequence go over the keys that all of them see at the same time, a chunk that fits the first cache after the
+other; behind these, every row has a list of its own of what else it sees (its path in a draft tree, say), which leaves
+no gap. The threads share keys while scores are made, query heads in the softmax, and parts of heads while values are
+summed, so that even one row keeps all of them busy. A row's operations and their order are the same in any company.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba import njit
-from numba.core import cgutils, types
-from numba.extending import intrinsic
 
+from paceline.model.native.attention_kernels import (
+    TOGETHER,
+    WIDE,
+    fetched,
+    scores_of_four,
+    scores_of_one,
+    sums_of_four,
+    sums_of_one,
+    sums_of_two,
+)
 from paceline.model.native.rows import exponential
-from paceline.model.native.vectors import F32, FLOATS, I8, I32, I64, LANES, ZERO, fma, load, splat, store
+from paceline.model.native.vectors import LANES
 
-TOGETHER = LANES
-"""Keys whose scores are made at a time: behind the places of a row's keys there must be so many more, less one."""
+GROUP = 8
+"""Most rows that go over the same keys together."""
+WAVE = 2 * GROUP
+"""Most rows whose scores are kept at a time."""
+FIRST, COMMON = range(2)
+"""Of a group: its first row, and how many keys all of its rows see, in whole `TOGETHER`s."""
 _CHUNK = 64
-"""Keys that all query heads go over before the next ones (16 KB of a head of 64)."""
-_WIDE = 4
-"""Vectors of a head that are held in registers: 64 numbers."""
-
-
-def _scores_of(vectors: int) -> Any:
-    """Dot products of a part of one query head with the next keys, `TOGETHER` at a time."""
-
-    @intrinsic
-    def scores(
-        typing_context: Any,  # noqa: ARG001
-        query: Any,  # noqa: ARG001
-        keys: Any,  # noqa: ARG001
-        places: Any,  # noqa: ARG001
-        groups: Any,  # noqa: ARG001
-        out: Any,  # noqa: ARG001
-        add: Any,  # noqa: ARG001
-    ) -> Any:
-        """Addresses; `places` has an offset in bytes for each key; `add` to what is there.  # out [groups, TOGETHER]"""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-            query, keys, places, groups, out, add = arguments
-            query, places, out = (builder.inttoptr(v, I8.as_pointer()) for v in (query, places, out))
-            parts = [load(builder, query, I64(4 * LANES * i), FLOATS, 4) for i in range(vectors)]
-            with cgutils.for_range(builder, groups) as group:
-                at = builder.mul(group.index, I64(8 * TOGETHER))
-
-                def products(i: int) -> Any:
-                    offset = load(builder, places, builder.add(at, I64(8 * i)), I64, 8)
-                    key = builder.inttoptr(builder.add(keys, offset), I8.as_pointer())
-                    found = ZERO
-                    for j, part in enumerate(parts):
-                        found = fma(builder, part, load(builder, key, I64(4 * LANES * j), FLOATS, 4), found)
-                    return found
-
-                to = builder.mul(group.index, I64(4 * TOGETHER))
-                place = cgutils.alloca_once_value(builder, _summed(builder, products, 0, TOGETHER))
-                with builder.if_then(add):
-                    builder.store(builder.fadd(load(builder, out, to, FLOATS, 4), builder.load(place)), place)
-                store(builder, builder.load(place), out, to, 4)
-            return context.get_dummy_value()
-
-        return types.void(*(types.uintp,) * 3, types.intp, types.uintp, types.boolean), generate
-
-    return scores
-
-
-def _summed(builder: Any, vector: Any, first: int, count: int) -> Any:
-    """What is left of the vectors `first .. first + count` in one: 16 / count partial sums of each, in order."""
-    if count == 1:
-        return vector(first)
-    half, left = count // 2, LANES // count
-    a, b = (_summed(builder, vector, at, half) for at in (first, first + half))
-    lower = [i for start in range(0, 2 * LANES, 2 * left) for i in range(start, start + left)]
-    low, high = (
-        builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, LANES), [i + by for i in lower]))
-        for by in (0, left)
-    )
-    return builder.fadd(low, high)
-
-
-def _sums_of(vectors: int) -> Any:
-    """`out += weight * value` over values, for a part of one query head."""
-
-    @intrinsic
-    def sums(
-        typing_context: Any,  # noqa: ARG001
-        out: Any,  # noqa: ARG001
-        values: Any,  # noqa: ARG001
-        places: Any,  # noqa: ARG001
-        count: Any,  # noqa: ARG001
-        weights: Any,  # noqa: ARG001
-    ) -> Any:
-        """Addresses; `places` as above.  # out [16 * vectors], weights [count]"""
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
-            out, values, places, count, weights = arguments
-            out, places, weights = (builder.inttoptr(v, I8.as_pointer()) for v in (out, places, weights))
-            found = [
-                cgutils.alloca_once_value(builder, load(builder, out, I64(4 * LANES * i), FLOATS, 4))
-                for i in range(vectors)
-            ]
-            with cgutils.for_range(builder, count) as loop:
-                offset = load(builder, places, builder.mul(loop.index, I64(8)), I64, 8)
-                value = builder.inttoptr(builder.add(values, offset), I8.as_pointer())
-                weight = splat(builder, load(builder, weights, builder.mul(loop.index, I64(4)), F32, 4))
-                for i, place in enumerate(found):
-                    part = load(builder, value, I64(4 * LANES * i), FLOATS, 4)
-                    builder.store(fma(builder, part, weight, builder.load(place)), place)
-            for i, place in enumerate(found):
-                store(builder, builder.load(place), out, I64(4 * LANES * i), 4)
-            return context.get_dummy_value()
-
-        return types.void(*(types.uintp,) * 3, types.intp, types.uintp), generate
-
-    return sums
-
-
-_scores, _scores_wide = _scores_of(1), _scores_of(_WIDE)
-_sums, _sums_wide = _sums_of(1), _sums_of(_WIDE)
+"""Keys that all queries go over before the next ones (16 KB of a head of 64)."""
+_LINE = 64
 
 
 @njit(nogil=True, error_model="numpy")
-def attend(
-    queries: np.ndarray,
-    keys: int,
-    values: int,
-    places: np.ndarray,
-    seen: int,
+def arrange(
+    seen: np.ndarray,
     visible: np.ndarray,
-    scale: float,
-    scores: np.ndarray,
-    chosen: np.ndarray,
-    out: np.ndarray,
+    visible_at: np.ndarray,
+    keys: np.ndarray,
+    keys_at: np.ndarray,
+    groups: np.ndarray,
+    counts: np.ndarray,
+    tails: np.ndarray,
 ) -> None:
-    """What one token's query heads read.
+    """Put rows in groups, and list what each of them sees beside the keys that its group has in common.
 
     Args:
-        queries: of one KV head's group.  # [G, d]
-        keys: address of that KV head's keys.
-        values: likewise.
-        places: of the sequence's keys and values, in bytes behind these.  # [num_keys + TOGETHER - 1]
-        seen: keys from the first one that are all visible.
-        visible: of the keys behind them, whether each is.  # bool [num_keys - seen]
-        scale: of the scores.
-        scores: scratch.  # [G, num_keys rounded up to TOGETHER]
-        chosen: scratch.  # int64 [num_keys + TOGETHER - 1]
-        out: the result.  # [G, d]
+        seen: keys from a sequence's first that a row sees without exception.  # [M]
+        visible: of those behind them, row after row, whether it sees them.  # bool
+        visible_at: where a row's begin; one more than rows.  # [M + 1]
+        keys: where each sequence's keys lie, in bytes.
+        keys_at: where those of a row's sequence begin.  # [M]
+        groups: result: `FIRST` and `COMMON` of each group; behind the last one, `FIRST` is M.  # [M + 1, 2]
+        counts: result: keys that a row sees.  # [M]
+        tails: result: the places of those that are not common, and so many more that whole `TOGETHER`s can be read.
     """
-    count, place = seen, places.ctypes.data
-    if visible.shape[0]:  # what is not seen leaves no gap, so a path in a tree is as if it were alone
-        chosen[:seen] = places[:seen]
-        for j in range(visible.shape[0]):
-            if visible[j]:
-                chosen[count] = places[seen + j]
-                count += 1
-        chosen[count : count + TOGETHER - 1] = chosen[count - 1]
-        place = chosen.ctypes.data
-    for first in range(0, count, _CHUNK):
-        _scores_of_chunk(queries, keys, place, scores, first, min(first + _CHUNK, count))
-    out[:] = np.float32(0.0)
-    for g in range(queries.shape[0]):
-        _softmax(scores[g, :count], np.float32(scale))
-    for first in range(0, count, _CHUNK):
-        _values_of_chunk(out, values, place, scores, first, min(first + _CHUNK, count))
+    rows, number, first = len(seen), 0, 0
+    while first < rows:
+        last, common = first + 1, seen[first]
+        while last < rows and last % GROUP and keys_at[last] == keys_at[first]:
+            common = min(common, seen[last])
+            last += 1
+        groups[number, FIRST], groups[number, COMMON] = first, common // TOGETHER * TOGETHER
+        for r in range(first, last):
+            own, found = keys[keys_at[r] :], 0
+            for j in range(groups[number, COMMON], seen[r]):
+                tails[r, found] = own[j]
+                found += 1
+            for j in range(visible_at[r + 1] - visible_at[r]):
+                if visible[visible_at[r] + j]:
+                    tails[r, found] = own[seen[r] + j]
+                    found += 1
+            counts[r] = groups[number, COMMON] + found
+            for j in range(found, -(-found // TOGETHER) * TOGETHER):
+                tails[r, j] = tails[r, found - 1]
+        number, first = number + 1, last
+    groups[number, FIRST] = rows
 
 
 @njit(nogil=True, error_model="numpy")
-def _scores_of_chunk(queries: np.ndarray, keys: int, place: int, scores: np.ndarray, first: int, last: int) -> None:
-    size, groups = queries.shape[1], (last - first + TOGETHER - 1) // TOGETHER
-    for g in range(queries.shape[0]):
-        query, to = queries[g].ctypes.data, scores[g].ctypes.data + 4 * first
-        at = 0
-        while at + _WIDE * LANES <= size:
-            _scores_wide(query + 4 * at, keys + 4 * at, place + 8 * first, groups, to, at > 0)
-            at += _WIDE * LANES
-        while at < size:
-            _scores(query + 4 * at, keys + 4 * at, place + 8 * first, groups, to, at > 0)
-            at += LANES
+def score_part(
+    first: int,
+    last: int,
+    common: int,
+    queries: np.ndarray,
+    size: int,
+    keys: int,
+    places: np.ndarray,
+    counts: np.ndarray,
+    tails: np.ndarray,
+    scores: np.ndarray,
+    thread: int,
+    threads: int,
+) -> None:
+    """This thread's share of a group's scores.
+
+    Args:
+        first: row of the group.
+        last: one behind its last row.
+        common: keys that all see.
+        queries: of all rows, those of a KV head together; more may stand behind them.  # [M, at least query heads * d]
+        size: of a head (d).
+        keys: address of the first KV head's; the others' lie behind.
+        places: of the sequence's keys, in bytes behind these.
+        counts: see `arrange`.  # [M]
+        tails: likewise.
+        scores: the result, of the rows of a wave.  # [WAVE, KV heads, query heads of each, most keys]
+        thread: which.
+        threads: of how many.
+    """
+    heads, per_head = scores.shape[1], scores.shape[2]
+    whole = common // TOGETHER
+    at, end = heads * (whole + 1) * thread // threads, heads * (whole + 1) * (thread + 1) // threads
+    while at < end:
+        head, group = at // (whole + 1), at % (whole + 1)
+        own = keys + 4 * size * head
+        if group == whole:
+            for r in range(first, last):
+                number = (counts[r] - common + TOGETHER - 1) // TOGETHER
+                for g in range(per_head):
+                    query = queries[r, (head * per_head + g) * size :][:size]
+                    _score(query, own, tails[r], scores[r % WAVE, head, g, common:], number)
+            at += 1
+            continue
+        number = min(min(whole - group, end - at), _CHUNK // TOGETHER)
+        start = TOGETHER * group
+        _fetch(own, places, start + TOGETHER * number, min(start + TOGETHER * number + _CHUNK, common), 4 * size)
+        for r in range(first, last):
+            for g in range(per_head):
+                query = queries[r, (head * per_head + g) * size :][:size]
+                _score(query, own, places[start:], scores[r % WAVE, head, g, start:], number)
+        at += number
 
 
 @njit(nogil=True, error_model="numpy")
-def _values_of_chunk(out: np.ndarray, values: int, place: int, scores: np.ndarray, first: int, last: int) -> None:
-    size = out.shape[1]
-    for g in range(out.shape[0]):
-        to, weights = out[g].ctypes.data, scores[g].ctypes.data + 4 * first
-        at = 0
-        while at + _WIDE * LANES <= size:
-            _sums_wide(to + 4 * at, values + 4 * at, place + 8 * first, last - first, weights)
-            at += _WIDE * LANES
-        while at < size:
-            _sums(to + 4 * at, values + 4 * at, place + 8 * first, last - first, weights)
-            at += LANES
+def _score(query: np.ndarray, keys: int, places: np.ndarray, scores: np.ndarray, number: int) -> None:
+    """Scores of `number` times `TOGETHER` keys."""
+    at, size = 0, query.shape[0]
+    while at + WIDE * LANES <= size:
+        scores_of_four(
+            query.ctypes.data + 4 * at, keys + 4 * at, places.ctypes.data, number, scores.ctypes.data, at > 0
+        )
+        at += WIDE * LANES
+    while at < size:
+        scores_of_one(query.ctypes.data + 4 * at, keys + 4 * at, places.ctypes.data, number, scores.ctypes.data, at > 0)
+        at += LANES
+
+
+@njit(nogil=True, error_model="numpy")
+def _fetch(base: int, places: np.ndarray, first: int, last: int, size: int) -> None:
+    """Ask for what will be wanted next; the CPU does not foresee it, since heads lie side by side."""
+    for j in range(first, last):
+        for line in range(0, size, _LINE):
+            fetched(base + places[j] + line)
+
+
+@njit(nogil=True, error_model="numpy")
+def weigh_part(
+    first: int, last: int, counts: np.ndarray, scores: np.ndarray, scale: float, thread: int, threads: int
+) -> None:
+    """This thread's share of a wave's softmax, in place."""
+    heads = scores.shape[1] * scores.shape[2]
+    for item in range((last - first) * heads * thread // threads, (last - first) * heads * (thread + 1) // threads):
+        r, head = first + item // heads, item % heads
+        _softmax(scores[r % WAVE, head // scores.shape[2], head % scores.shape[2], : counts[r]], np.float32(scale))
+
+
+@njit(nogil=True, error_model="numpy")
+def value_part(
+    first: int,
+    last: int,
+    common: int,
+    weights: np.ndarray,
+    size: int,
+    values: int,
+    places: np.ndarray,
+    counts: np.ndarray,
+    tails: np.ndarray,
+    out: np.ndarray,
+    thread: int,
+    threads: int,
+) -> None:
+    """This thread's share of a group's results; arguments as above.  # out [M, at least query heads * d]"""
+    heads, per_head, parts = weights.shape[1], weights.shape[2], size // LANES
+    at, end = heads * parts * thread // threads, heads * parts * (thread + 1) // threads
+    while at < end:
+        head, part = at // parts, at % parts
+        number = min(parts - part, end - at)
+        own = values + 4 * (size * head + LANES * part)
+        for r in range(first, last):
+            for g in range(per_head):
+                _part_of(out[r], head * per_head + g, size, part, number)[:] = np.float32(0.0)
+        for start in range(0, common, _CHUNK):
+            stop = min(start + _CHUNK, common)
+            _fetch(own, places, stop, min(stop + _CHUNK, common), 4 * LANES * number)
+            for r in range(first, last):
+                for g in range(per_head):
+                    to = _part_of(out[r], head * per_head + g, size, part, number)
+                    _sum(to, own, places[start:], weights[r % WAVE, head, g, start:], stop - start)
+        for r in range(first, last):
+            for g in range(per_head):
+                to = _part_of(out[r], head * per_head + g, size, part, number)
+                _sum(to, own, tails[r], weights[r % WAVE, head, g, common:], counts[r] - common)
+        at += number
+
+
+@njit(nogil=True, error_model="numpy")
+def _part_of(row: np.ndarray, head: int, size: int, part: int, number: int) -> np.ndarray:
+    """Some of a head's numbers in a row of all heads."""
+    first = head * size + LANES * part
+    return row[first : first + LANES * number]
+
+
+@njit(nogil=True, error_model="numpy")
+def _sum(out: np.ndarray, values: int, places: np.ndarray, weights: np.ndarray, count: int) -> None:
+    to, at, left = out.ctypes.data, 0, out.shape[0]
+    place, weight = places.ctypes.data, weights.ctypes.data
+    while left >= WIDE * LANES:
+        sums_of_four(to + 4 * at, values + 4 * at, place, count, weight)
+        at, left = at + WIDE * LANES, left - WIDE * LANES
+    if left >= 2 * LANES:
+        sums_of_two(to + 4 * at, values + 4 * at, place, count, weight)
+        at, left = at + 2 * LANES, left - 2 * LANES
+    if left:
+        sums_of_one(to + 4 * at, values + 4 * at, place, count, weight)
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "nnan"})

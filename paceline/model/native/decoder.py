@@ -9,7 +9,8 @@ import torch
 
 from paceline.cache.paged_kv import slots_of
 from paceline.model.head_subset import SubsetHead
-from paceline.model.native.attention import TOGETHER
+from paceline.model.native.attention import GROUP, WAVE
+from paceline.model.native.attention_kernels import TOGETHER
 from paceline.model.native.compiling import announced
 from paceline.model.native.forward import ARGUMENTS, forward_address
 from paceline.model.native.linear import described
@@ -127,8 +128,7 @@ class NativeDecoder:
         return every.index_copy_(1, self._known, logits)
 
     def _part(self, rows: _Rows, part: slice, ids: np.ndarray, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        crew, count = team(), len(ids)
-        threads = crew.threads  # scratch is for so many, whatever the number is set to meanwhile
+        count = len(ids)
         widest = max(self._width, self._inner, self._queries)
         h = self._embedded(ids)
         x = self._room("x", count * widest).reshape(count, widest)
@@ -140,7 +140,8 @@ class NativeDecoder:
         qkv = self._room("qkv", count * self._columns).reshape(count, self._columns)
         both = self._room("both", count * 2 * self._inner).reshape(count, 2 * self._inner)
         longest = -(-rows.longest // TOGETHER) * TOGETHER
-        scores = self._room("scores", threads * self._group * longest).reshape(threads, self._group, longest)
+        heads = self._kv.slots.shape[3]
+        scores = self._room("scores", WAVE * heads * self._group * longest).reshape(WAVE, heads, self._group, longest)
         logits = torch.empty(len(wanted), self._head.tiles * LANES)
         hidden = torch.empty(len(wanted), self._width)
         visible_at = rows.visible_at[part.start : part.stop + 1]
@@ -170,12 +171,14 @@ class NativeDecoder:
             qkv,
             both,
             scores,
-            np.empty((threads, rows.longest + TOGETHER), np.int64),
+            np.empty((count + 1, 2), np.int64),
+            np.empty(count, np.int64),
+            np.empty((count, -(-rows.tail // TOGETHER) * TOGETHER), np.int64),
             hidden.numpy(),
             logits.numpy(),
         )
         pack(arguments, self._words)
-        crew.run(self._forward, self._words)
+        team().run(self._forward, self._words)
         return logits, hidden
 
     def _embedded(self, ids: np.ndarray) -> np.ndarray:
@@ -213,20 +216,22 @@ class _Rows:
         self.longest = max(1, *ends)
         self.positions, self.slots, self.seen, self.keys_at = (np.empty(total, np.int64) for _ in range(4))
         self.visible_at = np.zeros(total + 1, np.int64)
-        self.keys = np.empty(sum(ends) + len(ends) * (TOGETHER - 1), np.int64)
-        visible, row, key = [], 0, 0
+        self.keys = np.empty(sum(ends), np.int64)
+        visible, widest, row, key = [], 0, 0, 0
         for s, n, end in zip(batch.sequences, counts, ends, strict=True):
             mine, slots = slice(row, row + n), slots_of(s.blocks, kv.block_size, 0, end)
             self.positions[mine], self.slots[mine], self.keys_at[mine] = s.positions, slots[s.context_len :], key
             self.keys[key : key + end] = slots
-            self.keys[key + end : key + end + TOGETHER - 1] = slots[-1]
             if s.visible is None:
                 self.seen[mine] = np.arange(s.context_len + 1, end + 1)
             else:
                 width = s.visible.shape[1]
                 self.seen[mine], self.visible_at[row + 1 : row + n + 1] = end - width, width
+                widest = max(widest, width)
                 visible.append(np.ascontiguousarray(s.visible).reshape(-1))
-            row, key = row + n, key + end + TOGETHER - 1
+            row, key = row + n, key + end
+        self.tail = TOGETHER - 1 + GROUP - 1 + widest
+        """What a row may see beside the keys that it and those next to it have in common."""
         self.keys *= slot_bytes
         self.visible = np.concatenate(visible) if visible else _NONE_VISIBLE
         if visible:

@@ -9,9 +9,9 @@ import numpy as np
 from numba import carray, njit
 
 from paceline.compiled import address_of
-from paceline.model.native.attention import attend
+from paceline.model.native.attention import COMMON, FIRST, WAVE, arrange, score_part, value_part, weigh_part
 from paceline.model.native.matmul import CALL, block_sums, multiply_part, round_row
-from paceline.model.native.packed import WORDS, array1, array2, array3, array5, number
+from paceline.model.native.packed import WORDS, array1, array2, array4, array5, number
 from paceline.model.native.rows import gate, rms_norm, rotate
 from paceline.model.native.team import PART, meet
 from paceline.model.native.tiles import BLOCK
@@ -52,14 +52,16 @@ def part(thread: int, threads: int, place: int, words: Any) -> None:
         array1(words, 21, np.float32),
         array2(words, 22, np.float32),
         array2(words, 23, np.float32),
-        array3(words, 24, np.float32),
+        array4(words, 24, np.float32),
         array2(words, 25, np.int64),
-        array2(words, 26, np.float32),
-        array2(words, 27, np.float32),
+        array1(words, 26, np.int64),
+        array2(words, 27, np.int64),
+        array2(words, 28, np.float32),
+        array2(words, 29, np.float32),
     )
 
 
-ARGUMENTS = 28
+ARGUMENTS = 30
 """Of `forward` beside the first three."""
 
 
@@ -99,7 +101,9 @@ def forward(
     qkv: np.ndarray,
     both: np.ndarray,
     scores: np.ndarray,
-    places: np.ndarray,
+    groups: np.ndarray,
+    counts: np.ndarray,
+    tails: np.ndarray,
     hidden: np.ndarray,
     logits: np.ndarray,
 ) -> None:
@@ -133,24 +137,28 @@ def forward(
         scales: likewise.  # [M * widest input / 32 * 2 or 0]
         qkv: scratch.  # [M, Q]
         both: scratch.  # [M, 2 * I]
-        scores: scratch.  # [threads, query heads of a KV head, longest context rounded up]
-        places: scratch.  # int64 [threads, longest context and some]
+        scores: scratch.  # [WAVE, KV heads, query heads of each, longest context rounded up]
+        groups: scratch.  # int64 [M + 1, 2]
+        counts: scratch.  # int64 [M]
+        tails: scratch.  # int64 [M, what a row may see beside its group's common keys, rounded up]
         hidden: last hidden states of the wanted rows.  # [R, D]
         logits: their logits.  # [R, V, filled up to a multiple of 16]
     """
     rows, width = h.shape
     layers, kv_heads, size = kv.shape[0], kv.shape[3], kv.shape[4]
     key_at, inner = qkv.shape[1] - 2 * kv_heads * size, both.shape[1] // 2
-    value_at, group = key_at + kv_heads * size, key_at // (kv_heads * size)
+    value_at = key_at + kv_heads * size
     met, call = 0, np.empty(CALL, np.int64)
+    if thread == 0:
+        arrange(seen, visible, visible_at, keys, keys_at, groups, counts, tails)
     for layer in range(layers):
-        own = weights[MATRICES * layer : MATRICES * (layer + 1)]
+        matrices = weights[MATRICES * layer : MATRICES * (layer + 1)]
         for r in range(thread, rows, threads):
             _normed(h[r], norms[2 * layer], epsilon, x[r], sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[QUERY], x, sums, rounded, scales, qkv, 0, False, thread, threads, call)
-        multiply_part(own[KEY], x, sums, rounded, scales, qkv, key_at, False, thread, threads, call)
-        multiply_part(own[VALUE], x, sums, rounded, scales, qkv, value_at, False, thread, threads, call)
+        multiply_part(matrices[QUERY], x, sums, rounded, scales, qkv, 0, False, thread, threads, call)
+        multiply_part(matrices[KEY], x, sums, rounded, scales, qkv, key_at, False, thread, threads, call)
+        multiply_part(matrices[VALUE], x, sums, rounded, scales, qkv, value_at, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             if len(biases):
@@ -164,38 +172,40 @@ def forward(
             kv[layer, 0, slots[r]] = qkv[r, key_at:value_at].reshape(kv_heads, size)
             kv[layer, 1, slots[r]] = qkv[r, value_at:].reshape(kv_heads, size)
         met = meet(place, threads, met)
-        # A head's rows one after the other: those of a sequence read the same keys.
-        for item in range(rows * kv_heads * thread // threads, rows * kv_heads * (thread + 1) // threads):
-            head, r = item // rows, item % rows
-            attend(
-                qkv[r, head * group * size : (head + 1) * group * size].reshape(group, size),
-                kv[layer, 0, 0, head].ctypes.data,
-                kv[layer, 1, 0, head].ctypes.data,
-                keys[keys_at[r] :],
-                seen[r],
-                visible[visible_at[r] : visible_at[r + 1]],
-                scale,
-                scores[thread],
-                places[thread],
-                x[r, head * group * size : (head + 1) * group * size].reshape(group, size),
-            )
-        met = meet(place, threads, met)
+        k, v = kv[layer, 0].ctypes.data, kv[layer, 1].ctypes.data
+        group = 0
+        for wave in range(0, rows, WAVE):
+            end, after = min(wave + WAVE, rows), group
+            while groups[after, FIRST] < end:
+                first, last, common = groups[after, FIRST], groups[after + 1, FIRST], groups[after, COMMON]
+                own = keys[keys_at[first] :]
+                score_part(first, last, common, qkv, size, k, own, counts, tails, scores, thread, threads)
+                after += 1
+            met = meet(place, threads, met)
+            weigh_part(wave, end, counts, scores, scale, thread, threads)
+            met = meet(place, threads, met)
+            for g in range(group, after):
+                first, last, common = groups[g, FIRST], groups[g + 1, FIRST], groups[g, COMMON]
+                own = keys[keys_at[first] :]
+                value_part(first, last, common, scores, size, v, own, counts, tails, x, thread, threads)
+            group = after
+            met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             _known(x[r], key_at, sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[OUTPUT], x, sums, rounded, scales, h, 0, True, thread, threads, call)
+        multiply_part(matrices[OUTPUT], x, sums, rounded, scales, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             _normed(h[r], norms[2 * layer + 1], epsilon, x[r], sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[GATE], x, sums, rounded, scales, both, 0, False, thread, threads, call)
-        multiply_part(own[UP], x, sums, rounded, scales, both, inner, False, thread, threads, call)
+        multiply_part(matrices[GATE], x, sums, rounded, scales, both, 0, False, thread, threads, call)
+        multiply_part(matrices[UP], x, sums, rounded, scales, both, inner, False, thread, threads, call)
         met = meet(place, threads, met)
         for r in range(thread, rows, threads):
             gate(both[r], x[r, :inner])
             _known(x[r], inner, sums, rounded, scales, r)
         met = meet(place, threads, met)
-        multiply_part(own[DOWN], x, sums, rounded, scales, h, 0, True, thread, threads, call)
+        multiply_part(matrices[DOWN], x, sums, rounded, scales, h, 0, True, thread, threads, call)
         met = meet(place, threads, met)
     for i in range(thread, len(wanted), threads):
         rms_norm(h[wanted[i]], norms[2 * layers], epsilon, hidden[i])

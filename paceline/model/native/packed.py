@@ -50,10 +50,10 @@ def array2(words: Any, i: int, dtype: Any) -> Any:
 
 
 @njit(nogil=True, error_model="numpy")
-def array3(words: Any, i: int, dtype: Any) -> Any:
-    """Likewise of three."""
+def array4(words: Any, i: int, dtype: Any) -> Any:
+    """Likewise of four."""
     at = WORDS * i
-    return carray(_pointer(words[at]), (words[at + 1], words[at + 2], words[at + 3]), dtype)
+    return carray(_pointer(words[at]), (words[at + 1], words[at + 2], words[at + 3], words[at + 4]), dtype)
 
 
 @njit(nogil=True, error_model="numpy")
