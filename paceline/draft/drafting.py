@@ -52,25 +52,27 @@ class Drafting:
                 started = time.perf_counter()
                 proposals[name] = self._ask(self.drafters[name], batch, plan)
                 seconds[name] = time.perf_counter() - started
-        trees = tuple(
-            _cut(
-                self._tree(
-                    [(name, found[i]) for name, found in proposals.items() if found],
-                    {name: chances[i] for name, chances in plan.acceptance.items()},
-                ),
-                item.request,
-            )
-            for i, item in enumerate(batch.sampling)
-        )
-        return DraftBatch(trees, seconds)
+        trees = []
+        for i, item in enumerate(batch.sampling):
+            filled = [(name, found[i]) for name, found in proposals.items() if found and len(found[i])]
+            chances = {name: plan.acceptance[name][i] for name, _ in filled}
+            trees.append(_cut(self._tree(filled, chances), item.request) if filled else EMPTY_TREE)
+        return DraftBatch(tuple(trees), seconds)
 
     def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
         budgets = np.minimum(plan.budgets, plan.limits[drafter.name]).tolist()
-        name, acceptance = drafter.name, plan.acceptance[drafter.name]
+        name, acceptance = drafter.name, plan.acceptance[drafter.name] if drafter.cost_per_token else None
         depth = plan.depths.get(name)
         keep = None if name in plan.fixed else plan.keep_drafting
         contexts = [
-            DraftContext(item.request, _budget(item.request, name, budget), i, depth, acceptance[i], keep)
+            DraftContext(
+                item.request,
+                _budget(item.request, name, budget),
+                i,
+                depth,
+                None if acceptance is None else acceptance[i],
+                keep,
+            )
             for i, (item, budget) in enumerate(zip(batch.sampling, budgets, strict=True))
         ]
         try:
@@ -100,10 +102,8 @@ class Drafting:
     def _tree(self, proposals: list[tuple[str, Proposal]], acceptance: Mapping[str, FloatArray]) -> DraftTree:
         if self._merge and all(proposal.laws is None for _, proposal in proposals):
             return merge(proposals, acceptance)
-        for name, proposal in proposals:
-            if len(proposal):
-                return build(name, proposal, acceptance[name])
-        return EMPTY_TREE
+        name, proposal = proposals[0]
+        return build(name, proposal, acceptance[name])
 
     def observers(self, names: frozenset[str] | None) -> list[Drafter]:
         """The drafters of these names that want to see committed steps; None: all of them."""

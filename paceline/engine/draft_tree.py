@@ -54,10 +54,10 @@ class DraftTree:
 
     def depths(self) -> IntArray:
         """Depth of each node; children of the root have depth 1.  # [n]"""
-        depths = np.empty(len(self), dtype=np.int64)
-        for i, parent in enumerate(self.parents):
-            depths[i] = 1 if parent < 0 else depths[parent] + 1
-        return depths
+        depths: list[int] = []
+        for parent in self.parents.tolist():
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return np.array(depths, dtype=np.int64)
 
     def ancestor_mask(self) -> BoolArray:
         """`mask[i, j]`: node j is node i or one of its ancestors.  # [n, n]"""

@@ -55,6 +55,8 @@ def node_labels(
         walked: (row in the plan, drafted tree, committed tokens) of every request that committed.
         acceptance: the plan's estimates.  # [num_sampling, num_keys] each
     """
+    if not any(len(tree) for _, tree, _ in walked):
+        return _NO_LABELS
     names = tuple(acceptance)
     index = {name: i for i, name in enumerate(names)}
     rows = [

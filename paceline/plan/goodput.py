@@ -20,10 +20,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from paceline.arrays import BoolArray, FloatArray, IntArray
+from paceline.arrays import BoolArray, FloatArray
 from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.request import Request
 from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
@@ -46,7 +47,7 @@ _KEEP_STEPS = 8
 _KEPT_TIMES = 64
 _SIZE_STEP = 32
 """Times are asked for up to a multiple of so many draft nodes, so that they can be kept while room gets less."""
-_LONGEST_REST = 8
+_LONGEST_REST = 32
 """Steps without a plan at most, after one in which nobody was worth asking."""
 
 
@@ -124,6 +125,14 @@ class _StepTimes:
     until: int
 
 
+class _Kept(NamedTuple):
+    """A plan that is good for a few steps."""
+
+    plan: SpecPlan
+    asked: Sampling
+    goodput: float
+
+
 class GoodputLength:
     """The policy.
 
@@ -157,16 +166,21 @@ class GoodputLength:
         self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
         self._levels = DraftLevels(estimates, cost, self._usage, dynamic=len(self._costly) == 1)
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
+        self._readers = {d.name: d.most for d in drafters if d.most and not d.fixed and not d.cost_per_token}
+        """Drafters that read tokens only, and the most that they may propose."""
         self._last_times: FloatArray | None = None
         self._rest_until = 0
         self._resting: tuple[Request, ...] = ()
+        self._kept: _Kept | None = None
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
         self._step += 1
         if self._step < self._rest_until and _decoding(batch) == self._resting:
-            return _NOTHING_PAYS
+            plan = _NOTHING_PAYS if self._kept is None else self._again(self._kept)
+            if plan is not None:
+                return plan
         asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
         room = int(asked.room.sum())
         if not room:
@@ -174,12 +188,12 @@ class GoodputLength:
         times = self._times(batch, asked, min(-(-room // _SIZE_STEP) * _SIZE_STEP, _MAX_BUCKET))
         self._last_times = times.seconds
         goodput = self._goodput.at(len(asked), times.plain)
-        limits, depths, stop = self._limits(asked, times, goodput)
+        limits, depths, stop, steady = self._limits(asked, times, goodput)
         if not limits:
             self._rest(batch, times.plain)
             return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
-        return SpecPlan(
+        plan = SpecPlan(
             budgets=asked.room,
             drafters=tuple(limits),
             bucket=min(room, _MAX_BUCKET),
@@ -192,6 +206,9 @@ class GoodputLength:
             weights=weights,
             observers=frozenset(limits),
         )
+        if steady and weights is None:
+            self._keep(batch, _Kept(plan, asked, goodput))
+        return plan
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, costs, goodput, and what the drafters are worth."""
@@ -214,10 +231,33 @@ class GoodputLength:
 
     def _rest(self, batch: ScheduledBatch, plain: float) -> None:
         """Do not plan anew before the next look in shadow is due, while the same requests decode."""
-        self._resting = _decoding(batch)
+        self._resting, self._kept = _decoding(batch), None
         if self._resting and not self._costly:
-            looks = [self._usage.next_look(d.name, len(self._resting), plain) for d in self._drafters if d.most]
+            looks = [self._usage.next_look(name, len(self._resting), plain) for name in self._readers]
             self._rest_until = min([*looks, self._step + _LONGEST_REST])
+
+    def _keep(self, batch: ScheduledBatch, kept: _Kept) -> None:
+        """Do the same for a few steps, in which expected times hardly change, while the same requests decode."""
+        if self._step <= _EVERY_STEP:
+            return
+        self._resting, self._kept = _decoding(batch), kept
+        self._rest_until = self._step + _KEEP_STEPS if self._resting else 0
+
+    def _again(self, kept: _Kept) -> SpecPlan | None:
+        """The kept plan with fresh estimates; None where it is time for another."""
+        plan, asked, goodput = kept
+        readers = [name for name in plan.drafters if name in self._readers]
+        if self._usage.paying(readers, len(asked), goodput, alone=not plan.fixed) != readers:
+            return None
+        known = self._estimates.requests
+        left = [known.of(request).longest - len(request.token_ids) for request in asked.requests]
+        room = np.minimum(asked.room, left)
+        if room.min() <= 0:
+            return None
+        for name in readers:
+            self._usage.asked(name, self._step)
+        fresh = self._estimates.of_batch(asked.requests, asked.rows, plan.drafters)
+        return replace(plan, budgets=room, bucket=min(int(room.sum()), _MAX_BUCKET), acceptance=fresh)
 
     def _node_cost(self, nodes: int, goodput: float) -> float:
         """Tokens that each of a step's draft nodes cost on average."""
@@ -254,24 +294,28 @@ class GoodputLength:
 
     def _limits(
         self, asked: Sampling, times: _StepTimes, goodput: float
-    ) -> tuple[dict[str, int | IntArray], dict[str, int], KeepDrafting | None]:
-        """Most nodes of every drafter that is asked, most forwards of those that take their own, and who goes on."""
-        limits: dict[str, int | IntArray] = {}
+    ) -> tuple[dict[str, int], dict[str, int], KeepDrafting | None, bool]:
+        """Most nodes of every drafter that is asked, most forwards of those that take their own, who goes on; and
+        whether the next steps will ask the same."""
+        depth: dict[str, int] = {}
         depths: dict[str, int] = {}
         stop = None
-        plain, worthless = times.seconds.item(0), times.best_rate <= goodput
         for d in self._drafters:
-            if d.fixed or not d.most:
-                depth = d.most
-            elif d.cost_per_token:
+            if d.fixed:
+                depth[d.name] = d.most
+            elif d.cost_per_token and d.most:
                 depths[d.name], stop = self._levels.plan(d, asked, self._step, times.seconds, goodput)
-                depth = min(round(depths[d.name] * d.width), d.most)
-            else:
-                wanted = self._usage.wanted(d.name, self._step, len(asked), goodput, plain, worthless)
-                depth = d.most if wanted else 0
-            if depth:
-                limits[d.name] = depth
-        return limits, depths, stop
+                depth[d.name] = min(round(depths[d.name] * d.width), d.most)
+        paying: list[str] = []
+        if times.best_rate > goodput:  # otherwise not even a certain token would pay
+            paying = self._usage.paying(self._readers, len(asked), goodput, alone=not any(depth.values()))
+        for name, most in self._readers.items():
+            due = self._step >= self._usage.next_look(name, len(asked), times.seconds.item(0))
+            if name in paying or due:
+                depth[name] = most
+                self._usage.asked(name, self._step)
+        limits = {d.name: depth[d.name] for d in self._drafters if depth.get(d.name)}
+        return limits, depths, stop, not depths and limits.keys() <= self._fixed.union(paying)
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
         """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""

@@ -7,7 +7,7 @@ never reaches another's estimates. (Step times, goodput and which drafters pay a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,27 @@ _MAX_TENANTS = 256
 _MAX_DEPTH = 32
 _FAR = 1 << 12
 """Deeper than any tree."""
+
+
+class _WhenRead(Mapping[str, FloatArray]):
+    """A mapping that is made when its values are first read."""
+
+    def __init__(self, names: tuple[str, ...], make: Callable[[], Mapping[str, FloatArray]]) -> None:
+        self._names, self._make = names, make
+        self._made: Mapping[str, FloatArray] | None = None
+
+    def __getitem__(self, name: str) -> FloatArray:
+        if name not in self._names:
+            raise KeyError(name)
+        if self._made is None:
+            self._made = self._make()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class AcceptanceEstimates:
@@ -48,13 +69,19 @@ class AcceptanceEstimates:
         self._drafter_of_class = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         self._evidence: OrderedDict[str, Evidence] = OrderedDict()
 
-    def of_batch(self, requests: Sequence[Request], rows: IntArray, names: Iterable[str]) -> dict[str, FloatArray]:
-        """The estimates of some drafters.  # [len(requests), num_keys] each"""
+    def of_batch(self, requests: Sequence[Request], rows: IntArray, names: Iterable[str]) -> Mapping[str, FloatArray]:
+        """The estimates of some drafters, made when first read, before the next `learn`: often nobody drafts anything.
+
+        # [len(requests), num_keys] each
+        """
+        return _WhenRead(tuple(names), lambda: self._chances(requests, rows))
+
+    def _chances(self, requests: Sequence[Request], rows: IntArray) -> dict[str, FloatArray]:
         salts = _salts(requests)
         odds = self._odds(salts)[:, : self._num_classes]
         odds = odds * self._factors(salts, rows).take(self._drafter_of_class, axis=1)
         chances = odds / (1.0 + odds)
-        return {name: chances[:, self._slices[name]] for name in names}
+        return {name: chances[:, place] for name, place in self._slices.items()}
 
     def by_depth(self, name: str, requests: Sequence[Request], rows: IntArray, depth: int) -> FloatArray:
         """Probability that some node of each level is accepted, whatever its class.  # [len(requests), depth]"""

@@ -1,7 +1,8 @@
 """Which drafters are asked: those that bring more than their time is worth, and the others now and then.
 
 What a drafter brings is the survival of its verified nodes less what verifying them cost; what its own time costs is
-measured. One that does not pay is asked in shadow, once in so many steps that its time stays a small share of the
+measured. So is what a step in which any are asked takes around them: planning, merging, cutting, learning. One that
+does not pay is asked in shadow, once in so many steps that its time, and what is around it, stays a small share of the
 whole; its nodes are labelled, so that the estimates never go blind, and a shadow step in which it pays brings it back
 at once.
 """
@@ -9,15 +10,21 @@ at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from paceline.engine.types import StepStats
 
-_FADE = 0.9
+_FADE = 0.98
+"""Text repeats itself now and then, so what asking brings is judged over some 50 steps."""
+_SECOND_TRIAL = 1.5
+"""A look that pays makes a drafter worth at least so many times its cost: it is asked for some 20 steps again."""
 _TRIALS = 8
 """Steps in which a drafter is asked before it is judged."""
 _SHADOW_SHARE = 0.001
 """Of all time, for one drafter that does not pay."""
+_LOOK_SHARE = 0.01
+"""Likewise for what is around looks, of all drafters together."""
+_AROUND_FADE = 0.95
 _LONG_PERIOD = 64
 """Looks come at least so often, ..."""
 _LARGE_LOOK = 0.2
@@ -37,23 +44,23 @@ class DrafterUse:
         """Whether it brings more tokens than its time would; true until it was tried."""
         return self.asked < _TRIALS or self.gain > goodput * self.seconds
 
-    def next_look(self, seconds: float, step_seconds: float) -> int:
-        """The step from which on a look in shadow that takes `seconds` is due."""
+    def next_look(self, seconds: float, around: float, step_seconds: float) -> int:
+        """The step from which on a look in shadow is due that takes `seconds`, and all looks of a step `around`."""
         share = seconds / step_seconds
         longest = _LONG_PERIOD * max(1.0, share / _LARGE_LOOK)
-        return self.last + math.ceil(min(max(share / _SHADOW_SHARE, 1.0), longest))
+        wanted = max(share / _SHADOW_SHARE, around / step_seconds / _LOOK_SHARE, 1.0)
+        return self.last + math.ceil(min(wanted, longest))
 
-    def due(self, step: int, seconds: float, step_seconds: float) -> bool:
-        """Whether it is time for one."""
-        return step >= self.next_look(seconds, step_seconds)
-
-    def learn(self, gain: float, seconds: float, goodput: float) -> None:
+    def learn(self, gain: float, seconds: float, goodput: float, around: float = 0.0) -> None:
         """Take in a step in which it was asked; values per sampling request."""
-        first = self.asked == 0
-        returning = not self.pays(goodput) and gain > goodput * seconds
-        self.gain = gain if first or returning else _FADE * self.gain + (1.0 - _FADE) * gain
-        self.seconds = seconds if first else _FADE * self.seconds + (1.0 - _FADE) * min(seconds, 4.0 * self.seconds)
+        rate = max(1.0 / (self.asked + 1), 1.0 - _FADE)
+        cost = goodput * (seconds + around)
+        returning = gain > cost > self.gain and self.asked >= _TRIALS
+        self.gain += rate * (gain - self.gain)
+        self.seconds += rate * (min(seconds, 4.0 * self.seconds if self.asked else seconds) - self.seconds)
         self.asked += 1
+        if returning:
+            self.gain = max(self.gain, _SECOND_TRIAL * cost)
 
 
 class Usage:
@@ -61,33 +68,44 @@ class Usage:
 
     def __init__(self) -> None:
         self._use: dict[str, DrafterUse] = {}
+        self._outside: dict[bool, float] = {}
+        """Seconds of a step without draft nodes outside forward and drafters, by whether any drafter was asked."""
 
-    def wanted(self, name: str, step: int, requests: int, goodput: float, step_seconds: float, worthless: bool) -> bool:
-        """Whether to ask a drafter in this step.
+    @property
+    def around(self) -> float:
+        """Seconds that a step in which drafters find nothing takes around them, beyond one in which none is asked; 0
+        until both were seen. (What more a step with draft nodes takes is part of what its size costs.)"""
+        return max(self._outside[True] - self._outside[False], 0.0) if len(self._outside) > 1 else 0.0
+
+    def paying(self, names: Iterable[str], requests: int, goodput: float, *, alone: bool) -> list[str]:
+        """The drafters that bring more than their time.
 
         Args:
-            name: the drafter.
-            step: number of the step.
-            requests: requests that sample in it.
+            names: those that could be asked.
+            requests: that sample in the step.
             goodput: tokens per second that time is worth.
-            step_seconds: expected time of the step without look-ahead.
-            worthless: not even a certain draft token would pay.
+            alone: whether no others are asked anyway, so that they must pay for what is around them as well.
         """
-        use = self._use.setdefault(name, DrafterUse())
-        if (use.pays(goodput) and not worthless) or use.due(step, use.seconds * requests, step_seconds):
-            use.last = step
-            return True
-        return False
+        uses = {name: self._use.setdefault(name, DrafterUse()) for name in names}
+        paying = [name for name, use in uses.items() if use.pays(goodput)]
+        if not alone or any(uses[name].asked < _TRIALS for name in paying):
+            return paying
+        net = sum(uses[name].gain - goodput * uses[name].seconds for name in paying)
+        return paying if net * requests > goodput * self.around else []
+
+    def asked(self, name: str, step: int) -> None:
+        """Note that a drafter is asked in this step."""
+        self._use[name].last = step
 
     def next_look(self, name: str, requests: int, step_seconds: float) -> int:
         """The step from which on a drafter that is not worth asking is due to be looked at; arguments as above."""
         use = self._use.setdefault(name, DrafterUse())
-        return use.next_look(use.seconds * requests, step_seconds)
+        return use.next_look(use.seconds * requests, self.around, step_seconds)
 
     def probe(self, name: str, step: int, seconds: float, step_seconds: float) -> bool:
         """Whether a drafter that is planned by depth should look one token further than it pays, for `seconds`."""
         use = self._use.setdefault(name, DrafterUse())
-        if use.due(step, seconds, step_seconds):
+        if step >= use.next_look(seconds, 0.0, step_seconds):
             use.last = step
             return True
         return False
@@ -102,10 +120,18 @@ class Usage:
         """
         requests = stats.num_sampling
         if requests:
+            if not stats.num_prompt_tokens and not stats.num_draft_nodes:
+                self._learn_outside(stats)
             for name, seconds in stats.draft_seconds.items():
                 use = self._use.setdefault(name, DrafterUse())
                 net = stats.gains.get(name, 0.0) - node_cost * stats.nodes.get(name, 0)
-                use.learn(max(net, 0.0) / requests, seconds / requests, goodput)
+                use.learn(max(net, 0.0) / requests, seconds / requests, goodput, self.around / requests)
+
+    def _learn_outside(self, stats: StepStats) -> None:
+        asked = bool(stats.draft_seconds)
+        seconds = max(stats.step_seconds - stats.forward_seconds - sum(stats.draft_seconds.values()), 0.0)
+        before = self._outside.get(asked, seconds)
+        self._outside[asked] = _AROUND_FADE * before + (1.0 - _AROUND_FADE) * min(seconds, 4.0 * before)
 
     def rates(self) -> Mapping[str, tuple[float, float]]:
         """Expected tokens and seconds per request and step, by drafter."""

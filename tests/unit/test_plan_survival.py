@@ -140,7 +140,7 @@ def test_labels_move_the_request_and_drafter_they_belong_to() -> None:
     estimates = AcceptanceEstimates(PRIOR)
     requests = [decoder() for _ in range(3)]
     rows = rows_of(estimates, requests)
-    before = estimates.of_batch(requests, rows, PRIOR)
+    before = dict(estimates.of_batch(requests, rows, PRIOR))
     estimates.learn(step_stats(labels_of(("draft", 1, True), request=1), requests=requests))
     after = estimates.of_batch(requests, rows, PRIOR)
     own = {name: after[name] / (1 - after[name]) / (before[name] / (1 - before[name])) for name in PRIOR}

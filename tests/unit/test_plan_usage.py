@@ -63,8 +63,46 @@ def test_one_good_look_is_enough() -> None:
         use.learn(0.0, 0.001, 100.0)
     assert not use.pays(100.0)
     use.learn(2.0, 0.001, 100.0)
+    for _ in range(15):
+        assert use.pays(100.0), "it gets a second trial"
+        use.learn(0.0, 0.001, 100.0)
+    for _ in range(15):
+        use.learn(0.0, 0.001, 100.0)
+    assert not use.pays(100.0)
+
+
+def test_a_look_must_pay_for_what_is_around_it() -> None:
+    use = DrafterUse()
+    for _ in range(100):
+        use.learn(0.0, 0.001, 100.0)
+    use.learn(0.3, 0.001, 100.0, around=0.003)
+    assert not use.pays(100.0)
+    use.learn(0.5, 0.001, 100.0, around=0.003)
     assert use.pays(100.0)
-    assert use.gain == 2.0, "what it did not bring before is forgotten"
+
+
+def test_what_is_around_drafters_is_measured_and_paid_for() -> None:
+    """Steps in which two drafters find nothing take 2 ms more than others: alone, they must bring that as well."""
+    usage = Usage()
+    for seconds in (0.010, 0.012):
+        asked = {"ngram": 0.0001, "suffix": 0.0001} if seconds > 0.01 else {}
+        for _ in range(30):
+            usage.learn(
+                step_stats(forward_seconds=0.009, step_seconds=seconds + sum(asked.values()), draft_seconds=asked),
+                100.0,
+                0.0,
+            )
+    assert usage.around == pytest.approx(0.002, rel=0.05)
+    for gain, pays in ((0.05, False), (0.15, True)):
+        for _ in range(100):
+            drafts = {"ngram": 0.0001, "suffix": 0.0001}
+            gains = dict.fromkeys(drafts, gain)
+            usage.learn(
+                step_stats(forward_seconds=0.009, step_seconds=0.0122, draft_seconds=drafts, gains=gains), 100.0, 0.0
+            )
+        both = ["ngram", "suffix"]
+        assert usage.paying(both, 1, 100.0, alone=False) == both
+        assert usage.paying(both, 1, 100.0, alone=True) == (both if pays else [])
 
 
 def test_a_drafter_is_tried_before_it_is_judged() -> None:
@@ -116,7 +154,7 @@ def test_the_useless_one_of_two_is_left_out() -> None:
     for rivals in ([], [SimDrafter("recycling", odds=steady(0.02), prior=np.array([0.5]), seconds=0.002)]):
         world = World([SimDrafter("ngram", odds=steady(0.8)), *rivals])
         world.run(60)
-        results.append(goodput(world.run(300)))
+        results.append(goodput(world.run(2000)))
     assert results[1] > 0.97 * results[0]
 
 
