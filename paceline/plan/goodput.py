@@ -231,7 +231,7 @@ class GoodputLength:
 
     def _rest(self, batch: ScheduledBatch, plain: float) -> None:
         """Do not plan anew before the next look in shadow is due, while the same requests decode."""
-        self._resting, self._kept = _decoding(batch), None
+        self._resting, self._kept, self._rest_until = _decoding(batch), None, 0
         if self._resting and not self._costly:
             looks = [self._usage.next_look(name, len(self._resting), plain) for name in self._readers]
             self._rest_until = min([*looks, self._step + _LONGEST_REST])
