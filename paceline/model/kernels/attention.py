@@ -1,0 +1,248 @@
+"""Attention of ragged batches of chunks and draft trees over paged KV.
+
+One program computes a tile of queries, with the query heads of one KV head folded into its rows, over one split of
+the keys. Splits hold a fixed number of keys and are merged in order by a second kernel; a sequence of one split is
+written at once. Blocks of keys that a row does not see leave its bits as they are, so a row gives the same bits alone
+and in any batch of the same tile shape.
+
+Scores are kept in units of log2, so that every exponential is an `exp2`. The multiplication by the scale and the
+subtraction of the maximum are one explicit `fma`: left to the compiler, they would be fused in the loop without a
+mask and not in the loop with one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    # No tanh in triton.language. exp2 overflows to inf, and underflows to 0, which give 1 and -1.
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2_E)) + 1.0)
+
+
+@triton.jit
+def _sees(
+    keys, key_end, own, rows, row_ok, position, tree_start, tree_mask, tree_positions,
+    TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Which keys (cache indices [N]) each row sees.  [M, N]"""
+    seen = (keys[None, :] <= own[:, None]) & (keys < tl.minimum(tree_start, key_end))[None, :]
+    key_positions = keys
+    if TREE_WORDS > 0:
+        node = keys - tree_start
+        in_tree = (node >= 0) & (node < 64 * TREE_WORDS) & (keys < key_end)
+        words = tl.load(
+            tree_mask + rows[:, None].to(tl.int64) * TREE_WORDS + (node // 64)[None, :],
+            mask=row_ok[:, None] & in_tree[None, :],
+            other=0,
+        )
+        seen = seen | (((words >> (node & 63).to(tl.int64)[None, :]) & 1) == 1)
+        if WINDOW > 0:
+            tree_position = tl.load(tree_positions + node, mask=in_tree, other=0)
+            key_positions = tl.where(in_tree, tree_position, keys)
+    if WINDOW > 0:
+        seen = seen & (key_positions[None, :] > position[:, None] - WINDOW)
+    return seen
+
+
+@triton.jit
+def _accumulate(
+    acc, row_max, row_sum, query, keys, key_end, seen, table, key_pool, value_pool, stride_slot, scale, softcap,
+    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running sums.
+
+    `MASKED`: keys may lie at or beyond `key_end`, whose memory may hold anything. `SEEN`: `seen` [M, N] is a mask.
+    `WIDEN`: products in fp32 of the same rounded inputs, since Triton's interpreter has none in bf16.
+    """
+    dim = tl.arange(0, BLOCK_D)
+    if MASKED:
+        block = tl.load(table + keys // BLOCK_SIZE, mask=keys < key_end, other=0)
+    else:
+        block = tl.load(table + keys // BLOCK_SIZE)
+    slots = block.to(tl.int64) * BLOCK_SIZE + keys % BLOCK_SIZE
+    offsets = slots[:, None] * stride_slot + dim[None, :]
+    inside = (keys < key_end)[:, None] & (dim < HEAD_DIM)[None, :]
+    if MASKED:
+        key = tl.load(key_pool + offsets, mask=inside, other=0.0)
+        value = tl.load(value_pool + offsets, mask=inside, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        key = tl.load(key_pool + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+        value = tl.load(value_pool + offsets, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    else:
+        key = tl.load(key_pool + offsets)
+        value = tl.load(value_pool + offsets)
+    if WIDEN:
+        query = query.to(tl.float32)
+        key = key.to(tl.float32)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    to_log2 = scale * LOG2_E
+    if SOFTCAP:
+        scores = softcap * _tanh(scores * (scale / softcap))
+        to_log2 = LOG2_E
+    if SEEN:
+        scores = tl.where(seen, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen nothing yet: no inf - inf
+    weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, to_log2, tl.float32), -shift[:, None]))
+    fade = tl.exp2(row_max - shift)
+    row_sum = row_sum * fade + tl.sum(weights, 1)
+    weights = weights.to(value.dtype)
+    if WIDEN:
+        weights = weights.to(tl.float32)
+        value = value.to(tl.float32)
+    acc = tl.dot(weights, value, acc * fade[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def attention_kernel(
+    query_ptr, key_pool, value_pool, out_ptr, lse_ptr, partial_out, partial_lse,
+    query_start, context_len, key_start, key_end_ptr, block_tables, positions,
+    tree_start_ptr, tree_mask, tree_positions, tile_seq, tile_start,
+    scale, softcap, stride_query, stride_query_head, stride_slot, stride_pool_head, max_blocks, num_splits,
+    NUM_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_QUERIES: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, MERGED: tl.constexpr, TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, kv_heads, splits). Rows of a tile are ordered by query, then by query head.
+
+    `SPLIT_KEYS` is 0 if one program reads all keys. `MERGED`: sequences of more than one split go to the partials.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    seq = tl.load(tile_seq + tile)
+    if seq < 0:
+        return
+    first_key = tl.load(key_start + seq)
+    key_end = tl.load(key_end_ptr + seq)
+    low = first_key
+    high = key_end
+    if SPLIT_KEYS > 0:
+        low = first_key + split * SPLIT_KEYS
+        high = tl.minimum(low + SPLIT_KEYS, key_end)
+        if (low >= key_end) & (split > 0):
+            return
+
+    first_row = tl.load(tile_start + tile)
+    seq_first = tl.load(query_start + seq)
+    num_queries = tl.minimum(tl.load(query_start + seq + 1) - first_row, TILE_QUERIES)
+    fold = tl.arange(0, BLOCK_M)
+    rows = first_row + fold // GROUPS
+    row_ok = fold // GROUPS < num_queries
+    head = kv_head * GROUPS + fold % GROUPS
+    own_first = tl.load(context_len + seq) + first_row - seq_first
+    own = own_first + fold // GROUPS
+    tree_start = tl.load(tree_start_ptr + seq)
+    table = block_tables + seq.to(tl.int64) * max_blocks
+    position = tl.load(positions + rows, mask=row_ok, other=2147483647)
+
+    # Keys beyond the last query's own are seen by nobody, unless they are nodes of the tree.
+    if tree_start >= high:
+        high = tl.minimum(high, own_first + num_queries)
+    # Blocks that every row sees whole come first, without a mask; a window leaves out what lies before it.
+    clear_end = tl.minimum(tl.minimum(own_first + 1, tree_start), high)
+    if WINDOW > 0:
+        oldest = tl.minimum(tl.min(position, 0) - WINDOW + 1, tree_start)
+        low += tl.maximum(oldest - low, 0) // BLOCK_N * BLOCK_N
+    clear_end = low + tl.maximum(clear_end - low, 0) // BLOCK_N * BLOCK_N
+
+    dim = tl.arange(0, BLOCK_D)
+    row_offsets = rows.to(tl.int64)
+    in_tile = row_ok[:, None] & (dim < HEAD_DIM)[None, :]
+    query = tl.load(
+        query_ptr + row_offsets[:, None] * stride_query + head[:, None] * stride_query_head + dim[None, :],
+        mask=in_tile,
+        other=0.0,
+    )
+    key_pool += kv_head * stride_pool_head
+    value_pool += kv_head * stride_pool_head
+    tree_positions += seq.to(tl.int64) * (64 * TREE_WORDS)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(low, clear_end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        seen = keys[None, :] > position[:, None] - WINDOW
+        acc, row_max, row_sum = _accumulate(
+            acc, row_max, row_sum, query, keys, high, seen, table, key_pool, value_pool, stride_slot, scale, softcap,
+            BLOCK_SIZE, HEAD_DIM, BLOCK_D, SOFTCAP, False, WINDOW > 0, PRECISION, WIDEN,
+        )  # fmt: skip
+    for start in range(clear_end, high, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        seen = _sees(keys, high, own, rows, row_ok, position, tree_start, tree_mask, tree_positions, TREE_WORDS, WINDOW)
+        acc, row_max, row_sum = _accumulate(
+            acc, row_max, row_sum, query, keys, high, seen, table, key_pool, value_pool, stride_slot, scale, softcap,
+            BLOCK_SIZE, HEAD_DIM, BLOCK_D, SOFTCAP, True, True, PRECISION, WIDEN,
+        )  # fmt: skip
+
+    some = row_sum > 0.0
+    total = tl.where(some, row_sum, 1.0)
+    result = acc / total[:, None]
+    log2_sum = tl.where(some, row_max + tl.log2(total), float("-inf"))
+    at = row_offsets * NUM_HEADS + head
+    if MERGED:
+        parted = tl.full((BLOCK_M,), key_end - first_key, tl.int32) > SPLIT_KEYS
+        at_split = at * num_splits + split
+        to_part = in_tile & parted[:, None]
+        tl.store(partial_out + at_split[:, None] * HEAD_DIM + dim[None, :], result, mask=to_part)
+        tl.store(partial_lse + at_split, log2_sum, mask=row_ok & parted)
+        row_ok = row_ok & (parted == 0)
+        in_tile = in_tile & row_ok[:, None]
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=in_tile)
+    if STORE_LSE:
+        tl.store(lse_ptr + at, log2_sum * LN_2, mask=row_ok)
+
+
+@triton.jit
+def merge_splits_kernel(
+    partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start,
+    stride_splits,
+    NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_QUERIES: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles * TILE_QUERIES, heads). Splits are read BLOCK_S at a time, in order."""
+    tile = tl.program_id(0) // TILE_QUERIES
+    head = tl.program_id(1)
+    seq = tl.load(tile_seq + tile)
+    if seq < 0:
+        return
+    num_keys = tl.load(key_end + seq) - tl.load(key_start + seq)
+    row = tl.load(tile_start + tile) + tl.program_id(0) % TILE_QUERIES
+    if (num_keys <= SPLIT_KEYS) | (row >= tl.load(query_start + seq + 1)):
+        return  # written already, or no query of this tile
+    at = row.to(tl.int64) * NUM_HEADS + head
+    num_splits = (num_keys + SPLIT_KEYS - 1) // SPLIT_KEYS
+    dim = tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    row_max = tl.full((1,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((1,), tl.float32)
+    for first in range(0, num_splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        log2_sum = tl.load(partial_lse + at * stride_splits + split, mask=split < num_splits, other=float("-inf"))
+        some = log2_sum > float("-inf")
+        part = tl.load(
+            partial_out + (at * stride_splits + split)[:, None] * HEAD_DIM + dim[None, :],
+            mask=some[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        new_max = tl.maximum(row_max, tl.max(log2_sum, 0))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weight = tl.exp2(log2_sum - shift)
+        fade = tl.exp2(row_max - shift)
+        acc = acc * fade + tl.sum(weight[:, None] * part, 0)
+        row_sum = row_sum * fade + tl.sum(weight, 0)
+        row_max = new_max
+    total = tl.where(row_sum > 0.0, row_sum, 1.0)
+    tl.store(out_ptr + at * HEAD_DIM + dim, (acc / total).to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    if STORE_LSE:
+        log_sum = tl.where(row_sum > 0.0, row_max + tl.log2(total), float("-inf")) * LN_2
+        tl.store(lse_ptr + at + tl.arange(0, 1), log_sum)

@@ -1,0 +1,218 @@
+"""Builds an `AttentionBatch` on the host: all its fields in one buffer, hence one copy to the device a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from paceline.arrays import BoolArray, IntArray
+from paceline.model.kernels.batch import (
+    CHUNK_FROM,
+    CHUNK_ROWS,
+    DECODE_ROWS,
+    SPLIT_KEYS,
+    AttentionBatch,
+    Tiles,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """Sizes of the buffers: one CUDA graph is captured for each."""
+
+    max_tokens: int
+    max_seqs: int
+    max_blocks: int
+    """Blocks of the longest block table."""
+    block_size: int
+    groups: int
+    """Query heads of one KV head."""
+    tree_words: int = 1
+    """Words of 64 tree keys; 0 if no sequence has a tree."""
+    max_tiles: int | None = None
+    """Decode tiles; None asks for as many as `max_tokens` rows of `max_seqs` sequences can need."""
+    max_chunk_tiles: int = 0
+    """Tiles of prefill chunks; a shape without them runs every sequence in decode tiles."""
+    max_splits: int = 0
+    """Splits of decode tiles; 0 asks for as many as `max_blocks` blocks fill."""
+
+    @property
+    def tile_queries(self) -> int:
+        """Queries of a decode tile."""
+        return max(1, DECODE_ROWS // self.groups)
+
+    @property
+    def chunk_queries(self) -> int:
+        """Queries of a tile of a prefill chunk."""
+        return max(1, CHUNK_ROWS // self.groups)
+
+    @property
+    def num_tiles(self) -> int:
+        """Decode tiles in the buffers."""
+        if self.max_tiles is not None:
+            return self.max_tiles
+        return self.max_seqs + self.max_tokens // self.tile_queries
+
+    @property
+    def num_splits(self) -> int:
+        """Splits that are launched for every decode tile."""
+        return self.max_splits or -(-self.max_blocks * self.block_size // SPLIT_KEYS)
+
+    def layout(self) -> dict[str, tuple[type[np.integer], tuple[int, ...]]]:
+        """Name, type and shape of every field, widest types first so that all are aligned."""
+        seqs, words = self.max_seqs, self.tree_words
+        return {
+            "slot_mapping": (np.int64, (self.max_tokens,)),
+            "tree_mask": (np.int64, (self.max_tokens, words)),
+            "query_start": (np.int32, (seqs + 1,)),
+            "context_len": (np.int32, (seqs,)),
+            "key_start": (np.int32, (seqs,)),
+            "key_end": (np.int32, (seqs,)),
+            "tree_start": (np.int32, (seqs,)),
+            "block_tables": (np.int32, (seqs, self.max_blocks)),
+            "tree_positions": (np.int32, (seqs, 64 * words)),
+            "positions": (np.int32, (self.max_tokens,)),
+            "tile_seq": (np.int32, (self.num_tiles,)),
+            "tile_start": (np.int32, (self.num_tiles,)),
+            "chunk_tile_seq": (np.int32, (self.max_chunk_tiles,)),
+            "chunk_tile_start": (np.int32, (self.max_chunk_tiles,)),
+        }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tree:
+    """Who sees whom among the last keys of one sequence: draft nodes in the cache, then the new tokens."""
+
+    visible: BoolArray  # [n, tail + n]
+    tail_positions: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # [tail]
+
+    def words(self, tree_words: int) -> IntArray:
+        """The rows of `visible` as bits, the first key in the lowest bit of the first word.  # [n, tree_words]"""
+        n, width = self.visible.shape
+        assert width <= 64 * tree_words, f"a tree of {width} keys needs more than {tree_words} words"
+        bits = np.zeros((n, 64 * tree_words), dtype=np.bool_)
+        bits[:, :width] = self.visible
+        return np.packbits(bits, axis=1, bitorder="little").view(np.int64)
+
+
+class BatchBuffers:
+    """One host buffer, its twin on the device, and the batch made of views of the latter.
+
+    Args:
+        shape: sizes of all fields.
+        device: where the kernels run; host memory is pinned if it is a GPU.
+    """
+
+    def __init__(self, shape: BatchShape, device: torch.device) -> None:
+        self.shape = shape
+        layout = shape.layout()
+        size = sum(_padded_bytes(kind, dims) for kind, dims in layout.values())
+        self._host = torch.zeros(size // 8, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros_like(self._host, device=device, pin_memory=False)
+        self._fields: dict[str, NDArray[np.integer]] = {}
+        views: dict[str, torch.Tensor] = {}
+        offset = 0
+        for name, (kind, dims) in layout.items():
+            end = offset + np.dtype(kind).itemsize * math.prod(dims)
+            self._fields[name] = self._host.numpy().view(np.uint8)[offset:end].view(kind).reshape(dims)
+            views[name] = self._device.view(torch.uint8)[offset:end].view(_TORCH[kind]).view(dims)
+            offset += _padded_bytes(kind, dims)
+        tiles = (
+            Tiles(views.pop("tile_seq"), views.pop("tile_start"), shape.tile_queries, shape.num_splits),
+            Tiles(views.pop("chunk_tile_seq"), views.pop("chunk_tile_start"), shape.chunk_queries, 0),
+        )
+        self.batch = AttentionBatch(**views, tiles=tiles, block_size=shape.block_size)
+
+    def fill(
+        self,
+        num_new: Sequence[int],
+        context_len: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        positions: IntArray,
+        trees: Sequence[Tree | None] = (),
+        key_start: Sequence[int] | None = None,
+        key_end: Sequence[int] | None = None,
+    ) -> AttentionBatch:
+        """Describe a step and copy it to the device, without waiting for the copy.
+
+        The host buffer may be filled again only when the copy has been made; a second pair of buffers, used in turn,
+        is enough where a step is collected before the next but one is launched.
+
+        Args:
+            num_new: New tokens of each sequence; sequences in decode tiles come first.  [S]
+            context_len: Keys in the cache before them.  [S]
+            block_tables: Blocks of each sequence, including those of the new tokens.
+            positions: Of all new tokens.  [T]
+            trees: The draft tree of each sequence, None for plain causal order; empty if nobody has one.
+            key_start: First cache index read, to attend to a segment.  [S]
+            key_end: Where reading ends.  [S]
+
+        Returns:
+            The batch, the same object every time.
+        """
+        f = self._fields
+        new = np.asarray(num_new, dtype=np.int64)
+        context = np.asarray(context_len, dtype=np.int64)
+        num_seqs, num_tokens = len(new), int(new.sum())
+        starts = np.concatenate([[0], np.cumsum(new)])
+        f["query_start"][: num_seqs + 1] = starts
+        f["query_start"][num_seqs + 1 :] = num_tokens
+        f["context_len"][:num_seqs] = context
+        f["key_start"][:num_seqs] = 0 if key_start is None else key_start
+        f["key_end"][:num_seqs] = context + new if key_end is None else key_end
+        f["tree_start"][:num_seqs] = context + new
+        f["positions"][:num_tokens] = positions
+        for table, blocks in zip(f["block_tables"], block_tables, strict=False):
+            table[: len(blocks)] = blocks
+        self._fill_slots(starts, new, context)
+        for s, tree in enumerate(trees):
+            if tree is not None:
+                self._fill_tree(s, int(starts[s]), int(starts[s + 1]), tree)
+        self._fill_tiles(starts, new)
+        self._device.copy_(self._host, non_blocking=True)
+        return self.batch
+
+    def _fill_slots(self, starts: IntArray, new: IntArray, context: IntArray) -> None:
+        f, size = self._fields, self.shape.block_size
+        num_tokens = int(starts[-1])
+        seq = np.repeat(np.arange(len(new)), new)
+        index = np.arange(num_tokens) - starts[seq] + context[seq]
+        blocks = f["block_tables"][seq, index // size].astype(np.int64)
+        f["slot_mapping"][:num_tokens] = blocks * size + index % size
+        f["slot_mapping"][num_tokens:] = -1
+
+    def _fill_tree(self, s: int, first: int, last: int, tree: Tree) -> None:
+        f = self._fields
+        width = tree.visible.shape[1]
+        f["tree_start"][s] -= width
+        f["tree_mask"][first:last] = tree.words(self.shape.tree_words)
+        f["tree_positions"][s, : len(tree.tail_positions)] = tree.tail_positions
+        f["tree_positions"][s, len(tree.tail_positions) : width] = f["positions"][first:last]
+
+    def _fill_tiles(self, starts: IntArray, new: IntArray) -> None:
+        shape, f = self.shape, self._fields
+        chunk = new >= CHUNK_FROM if shape.max_chunk_tiles else np.zeros(len(new), dtype=np.bool_)
+        assert not np.any(chunk[:-1] & ~chunk[1:]), "sequences in decode tiles come first"
+        keys = (f["key_end"] - f["key_start"])[: len(new)][~chunk]
+        assert keys.max(initial=0) <= shape.num_splits * SPLIT_KEYS, "more keys than the shape's splits hold"
+        for name, those, queries in (("tile", ~chunk, shape.tile_queries), ("chunk_tile", chunk, shape.chunk_queries)):
+            count = np.where(those, -(-new // queries), 0)
+            seq = np.repeat(np.arange(len(new)), count)
+            before = np.cumsum(count) - count
+            assert len(seq) <= len(f[f"{name}_seq"]), f"{len(seq)} {name}s are more than the shape has"
+            f[f"{name}_seq"][: len(seq)] = seq
+            f[f"{name}_seq"][len(seq) :] = -1
+            f[f"{name}_start"][: len(seq)] = starts[seq] + (np.arange(len(seq)) - before[seq]) * queries
+
+
+def _padded_bytes(kind: type[np.integer], dims: tuple[int, ...]) -> int:
+    """Size of a field: every field starts at a multiple of 16 bytes, or Triton would compile for each alignment."""
+    return -(-np.dtype(kind).itemsize * math.prod(dims) // 16) * 16
+
+
+_TORCH = {np.int64: torch.int64, np.int32: torch.int32}
