@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices; under `TRITON_INTERPRET=1` they run on a CPU, for tests."""
