@@ -1,1 +1,1 @@
-"""Attention on a GPU: Triton kernels, each beside a slow torch twin that says what it computes."""
+"""Triton kernels for CUDA devices, each beside a slow twin; under `TRITON_INTERPRET=1` they run on a CPU, for tests."""
