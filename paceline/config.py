@@ -55,6 +55,8 @@ class EngineConfig:
     `NAME[:key=value,...]`, such as `rsd-s:width=4` or `branching:widths=3/2/1`."""
     num_threads: int | None = None
     """CPU threads for the network; None leaves PyTorch's choice."""
+    eager: bool = False
+    """On a CUDA device, launch kernels one by one instead of capturing CUDA graphs: starts sooner, decodes slower."""
     trust_remote_code: bool = False
     """Run modelling code that ships with a checkpoint. Off: such checkpoints are refused."""
 
@@ -308,6 +310,11 @@ class SamplingParams:
             or self.frequency_penalty
             or self.repetition_penalty != 1.0
         )
+
+    @property
+    def law_is_plain(self) -> bool:
+        """Whether the law of a token is that of its logits and temperature alone."""
+        return not self.edits_logits and (self.greedy or (self.top_k <= 0 and self.top_p >= 1.0 and not self.min_p))
 
 
 def _require(ok: bool, error: type[ConfigError] | type[SamplingParamsError], name: str, message: str) -> None:

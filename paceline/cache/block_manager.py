@@ -83,6 +83,8 @@ class BlockManager:
 
     def shrink(self, table: list[int], num_tokens: int) -> None:
         """Release the blocks at the end of `table` that `num_tokens` do not need."""
+        if len(table) * self.block_size - num_tokens < self.block_size:
+            return
         for block in reversed(table[self.blocks_for(num_tokens) :]):
             self._release_block(block)
         del table[self.blocks_for(num_tokens) :]
@@ -117,7 +119,7 @@ class BlockManager:
         self, table: Sequence[int], hashes: list[bytes], tokens: Sequence[int], num_computed: int, salt: str
     ) -> None:
         """Make the full, computed blocks of `table` findable; `hashes` (one per published block) grows along."""
-        if not self.prefix_caching:
+        if not self.prefix_caching or num_computed < (len(hashes) + 1) * self.block_size:
             return
         for i in range(len(hashes), min(num_computed // self.block_size, len(table))):
             parent = hashes[-1] if hashes else _root_hash(salt)

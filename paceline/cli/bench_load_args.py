@@ -122,7 +122,7 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("no load is given.", fix="Give --users N, --rate R or --trace FILE.")
     if args.url:
         defaults = EngineConfig()
-        for name in ("dtype", "activations", "device", "max_model_len", "num_threads", "rule", "tree"):
+        for name in ("dtype", "activations", "device", "eager", "max_model_len", "num_threads", "rule", "tree"):
             if getattr(args, name) != getattr(defaults, name):
                 raise ConfigError(
                     "is for an engine in this process.", field="--" + name.replace("_", "-"), fix="Leave it out."

@@ -130,6 +130,7 @@ def add_engine_options(parser: argparse.ArgumentParser, *, speculation: bool = T
         metavar="D",
         help="auto, cpu, cuda or cuda:N (default: %(default)s)",
     )
+    group.add_argument("--eager", action="store_true", help="capture no CUDA graphs: starts sooner, decodes slower")
     group.add_argument("--max-model-len", type=int, metavar="N", help="longest prompt + output (default: the model's)")
     group.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     group.add_argument(
@@ -164,7 +165,7 @@ def engine_options(args: argparse.Namespace, speculation: str | None = None) -> 
         ConfigError: an option is impossible; a speculation spec cannot be read.
     """
     given = vars(args)
-    names = ("dtype", "activations", "device", "max_model_len", "num_threads", "rule", "tree")
+    names = ("dtype", "activations", "device", "eager", "max_model_len", "num_threads", "rule", "tree")
     options = {name: given[name] for name in names if name in given}
     if speculation is not None:
         options["speculation"] = speculation

@@ -124,6 +124,7 @@ ENGINE = (
     Option("speculation", str, "SPEC", "none, auto or drafter[:key=value,...][+drafter...][@policy]"),
 )
 SWITCHES = (
+    Option("eager", _truth, "", "capture no CUDA graphs: starts sooner, decodes slower"),
     Option("enable_prefix_caching", _truth, "", "keep the KV of finished requests for later ones that begin alike"),
     Option("trust_remote_code", _truth, "", "run Python code that ships with the checkpoint"),
 )

@@ -30,7 +30,7 @@ from paceline.model.draft_weights import check_is_draft_or_model, is_draft, load
 from paceline.model.head_subset import cut_head, read_ranking
 from paceline.model.loader import LoadedModel, load_model
 from paceline.model.packed_linear import pack_linears
-from paceline.model.runner import ModelRunner, kv_shape
+from paceline.model.runner import ModelRunner, StepLimits, kv_shape
 from paceline.model.tiled_linear import tile_linears
 from paceline.plan.base import DrafterLimits, LengthPolicy
 from paceline.plan.cost_model import CostModel
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 """Of the memory that is free after loading."""
+_DRAFTS_EACH, _MOST_DRAFTS = 8, 512
+"""Draft nodes for each request, and of a step, up to which its shape is prepared."""
 
 
 def build_engine(
@@ -72,7 +74,7 @@ def build_engine(
         ),
         policy=policy,
         drafting=Drafting(made, merge_trees=not speculation.chain, vocab_size=vocab_size),
-        verifier=Verifier(runner),
+        verifier=Verifier(runner, shares_noise=speculation.rule.shares_noise),
         rule=speculation.rule,
         committer=Committer(runner.kv, blocks, loaded.tokenizer, loaded.eos_token_ids, max_model_len),
     )
@@ -127,7 +129,9 @@ def _runner(
         max_model_len = fits
     kv = PagedKV(shape, num_blocks, config.block_size, loaded.device)
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
-    return ModelRunner(loaded.model, kv, loaded.device), blocks, max_model_len
+    most = config.max_num_batched_tokens + min(_MOST_DRAFTS, _DRAFTS_EACH * config.max_num_seqs)
+    limits = StepLimits(most, config.max_num_seqs, max_model_len, config.eager)
+    return ModelRunner(loaded.model, kv, loaded.device, limits), blocks, max_model_len
 
 
 def _default_kv_bytes(device: torch.device, one_sequence: int) -> int:

@@ -103,7 +103,8 @@ class Committer:
         pieces, finish = self._append(request, walk.tokens)
         kept = len(pieces)
         path = walk.path[:kept]
-        self._compact(request, root, path, moves)
+        if path:
+            self._compact(request, root, path, moves)
         request.num_computed = min(root + 1 + len(path), len(request.token_ids) - 1)
         self._count(request, tree, path, kept, now)
         request.finish_reason = finish
@@ -111,8 +112,8 @@ class Committer:
             request.id,
             token_ids=walk.tokens[:kept],
             pieces=tuple(pieces),
-            drafters=tuple(tree.drafter[path[i]] if i < len(path) else None for i in range(kept)),
-            num_draft_tokens=len(tree),
+            drafters=(*[tree.drafter[node] for node in path], *((None,) if kept > len(path) else ())),
+            num_draft_tokens=len(tree.tokens),
             logprobs=self._logprobs(request, walk.tokens[:kept], row, walk.path, scores),
             prompt_logprobs=tuple(self._prompt_logprobs.pop(request, ())),
             finish_reason=finish,
@@ -168,7 +169,7 @@ class Committer:
     def _count(self, request: Request, tree: DraftTree, path: Sequence[int], kept: int, now: float) -> None:
         stats = request.stats
         stats.target_forwards += 1
-        if len(tree):
+        if tree.drafter:
             _count_draft(stats, tree, path)
         if stats.first_token is None:
             stats.first_token, stats.first_count = now, kept

@@ -23,7 +23,7 @@ _DEEPEST = -660.0
 """Tokens so far below the likeliest (e^-660) are taken to have no probability: beyond it fp64 loses bits."""
 _FP32_REACH = 46.0
 """Logarithm of the latest finish at which fp32 weights still tell who may finish before."""
-_MIN_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 """Below it logits would overflow fp32, and the law is that of the likeliest token alone anyway."""
 
 
@@ -161,7 +161,7 @@ def build_law(
         raise PacelineError("the model returned logits without a finite maximum.")
     if params.greedy:
         return Law.point(int(row.argmax()))
-    law = Law(row if params.temperature == 1.0 else row / np.float32(max(params.temperature, _MIN_TEMPERATURE)))
+    law = Law(row if params.temperature == 1.0 else row / np.float32(max(params.temperature, MIN_TEMPERATURE)))
     if 0 < params.top_k < len(row):
         law = _keep_top_k(law, params.top_k)
     if params.top_p < 1.0:

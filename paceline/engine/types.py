@@ -49,7 +49,7 @@ class ScheduledRequest:
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ScheduledBatch:
     """Who runs in this step; the blocks for the committed tokens are allocated already."""
 
@@ -60,7 +60,7 @@ class ScheduledBatch:
         """Committed tokens in the forward, draft nodes not counted."""
         return sum(item.num_tokens for item in self.items)
 
-    @property
+    @cached_property
     def sampling(self) -> tuple[ScheduledRequest, ...]:
         """The requests that commit tokens in this step."""
         return tuple(item for item in self.items if item.samples)
@@ -147,6 +147,10 @@ class DraftBatch:
         return sum(map(len, self.drafted)) if self.kept is None else int(np.count_nonzero(self.kept))
 
 
+NO_LAW, NOT_DRAWN = -1, -2
+"""Instead of a sample: the logits hold no finite maximum; the device did not draw."""
+
+
 @dataclass(frozen=True)
 class TargetScores:
     """The target's logits where they are needed.
@@ -158,6 +162,8 @@ class TargetScores:
     logits: torch.Tensor  # [num_rows, vocab]
     first_row: tuple[int, ...]
     prompt_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # request id -> [start, stop) rows
+    drawn: IntArray | None = None
+    """The target's own sample of every row, where the device drew it; or `NOT_DRAWN`, or `NO_LAW`.  # [num_rows]"""
 
     @cached_property
     def host(self) -> NDArray[np.float32]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from paceline.arrays import BoolArray, IntArray
+from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
 from paceline.model.attention import AttentionMetadata, SequenceAttention
 from paceline.model.tiled_linear import TiledLinear
 
 if TYPE_CHECKING:
+    from paceline.model.gpu.graphs import GraphRunner
     from paceline.model.native.decoder import NativeDecoder
 
 _NO_TAIL = np.empty(0, dtype=np.int64)
@@ -35,6 +37,8 @@ class SequenceInput:
     blocks: Sequence[int]
     visible: BoolArray | None = None  # [n, len(tail_positions) + n]
     tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
+    num_causal: int = 0
+    """New tokens, the first, that every later one sees and that see one another in causal order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,19 +54,50 @@ class ForwardBatch:
         return sum(len(s.token_ids) for s in self.sequences)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowDraws:
+    """How the target's own sample of every wanted row is drawn, where that can be done on the device."""
+
+    usable: BoolArray
+    """Whether the row's law is that of its logits and temperature alone.  # [R]"""
+    temperature: FloatArray  # [R]
+    seed: IntArray
+    """64 bits, read as unsigned.  # [R]"""
+    sample_index: IntArray  # [R]
+    position: IntArray
+    """Of the token that is drawn.  # [R]"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest steps of an engine."""
+
+    tokens: int
+    """Most tokens of a step, draft nodes included; larger ones are possible and slower."""
+    sequences: int
+    length: int
+    """Longest sequence."""
+    eager: bool = False
+    """Capture nothing: launch kernels one by one."""
+
+
 class ModelRunner:
     """A model with its paged KV cache.
 
     Args:
         model: a causal LM created with the `paceline` attention.
         kv: its cache.
+        limits: the largest steps, where CUDA graphs may be captured for them.
     """
 
-    def __init__(self, model: torch.nn.Module, kv: PagedKV, device: torch.device) -> None:
+    def __init__(
+        self, model: torch.nn.Module, kv: PagedKV, device: torch.device, limits: StepLimits | None = None
+    ) -> None:
         self.model = model
         self.kv = kv
         self.device = device
         self._native = _native(model, kv, device)
+        self._graphs = _graphs(model, kv, limits)
         self.last_seconds = 0.0
         """Wall time of the last forward."""
         self.num_forwards = 0
@@ -77,6 +112,23 @@ class ModelRunner:
         """
         return self._run(batch, hidden=False)[0]
 
+    @property
+    def draws(self) -> bool:
+        """Whether the target's own samples can be drawn on the device (`forward_and_draw`)."""
+        return self._graphs is not None
+
+    def forward_and_draw(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, IntArray]:
+        """The same where `draws`, and the target's own sample of every row, -1 if no logit of it is finite.
+
+        Returns:
+            Logits, and tokens.  # [R, vocab], [R]
+        """
+        assert self._graphs is not None, "nothing here draws on the device"
+        started = time.perf_counter()
+        logits, tokens = self._graphs.run_and_draw(batch, draws)
+        self._count(batch, started)
+        return logits, tokens
+
     def forward_with_hidden(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the last hidden states (after the final norm) of the same rows.  # [len(logit_rows), hidden]"""
         logits, hidden = self._run(batch, hidden=True)
@@ -90,6 +142,11 @@ class ModelRunner:
             found = self._native.run(batch)
             self._count(batch, started)
             return found if hidden else (found[0], None)
+        if self._graphs is not None:
+            found = self._graphs.run(batch)
+            torch.cuda.synchronize(self.device)
+            self._count(batch, started)
+            return found
         rows = batch.logit_rows or [0]
         output = self.model(
             input_ids=self._tensor([t for s in batch.sequences for t in s.token_ids])[None],
@@ -140,6 +197,19 @@ def _native(model: torch.nn.Module, kv: PagedKV, device: torch.device) -> Native
     from paceline.model.native.decoder import NativeDecoder, runs_natively
 
     return NativeDecoder(model, kv) if runs_natively(model) else None
+
+
+def _graphs(model: torch.nn.Module, kv: PagedKV, limits: StepLimits | None) -> GraphRunner | None:
+    """The forward in our own kernels on a CUDA device, where there is one for this model."""
+    if limits is None or kv.slots.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from paceline.model.gpu.buckets import Buckets
+    from paceline.model.gpu.graphs import GraphRunner
+    from paceline.model.gpu.weights import is_llama_like
+
+    if not is_llama_like(model):
+        return None
+    return GraphRunner(model, kv, Buckets(limits.tokens, limits.sequences, limits.length), eager=limits.eager)
 
 
 def kv_shape(config: object, dtype: torch.dtype) -> KVShape:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import Request
 from paceline.engine.sampling import Law, build_law
-from paceline.engine.types import Acceptance, DraftBatch, ScheduledBatch, TargetScores, Walk
+from paceline.engine.types import NOT_DRAWN, Acceptance, DraftBatch, ScheduledBatch, TargetScores, Walk
 from paceline.verify.base import AcceptanceRule
-from paceline.verify.coupled import CoupledRule
+from paceline.verify.coupled import CoupledRule, follow
 
 logger = logging.getLogger(__name__)
 _ARGMAX_MATCH = CoupledRule()
@@ -53,6 +53,8 @@ def _accept_one(
     stop_ids: Sequence[int],
 ) -> Walk:
     params = request.params
+    if scores.drawn is not None and scores.drawn[first_row] != NOT_DRAWN:
+        return follow(tree, scores.drawn[first_row : first_row + 1 + len(tree)].tolist())
     output = request.output_ids if params.edits_logits else []
     prompt = request.token_ids[: request.prompt_len] if params.edits_logits else []
     masked = (*stop_ids, *params.stop_token_ids)

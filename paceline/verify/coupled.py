@@ -8,13 +8,16 @@ are sampled. At temperature 0 it is argmax-match.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from paceline.engine.draft_tree import DraftTree, Origin
 from paceline.engine.race import race
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
-from paceline.engine.types import Walk
+from paceline.engine.types import NO_LAW, Walk
+from paceline.errors import PacelineError
 from paceline.verify.base import ROOT, LawSource
 
 
@@ -40,6 +43,27 @@ class CoupledRule:
             if node == ROOT:
                 return Walk(tuple(path), tuple(tokens))
             path.append(node)
+
+
+def follow(tree: DraftTree, drawn: Sequence[int]) -> Walk:
+    """The walk along samples that were drawn already, of the root and of every node.
+
+    Raises:
+        PacelineError: the logits of a node on the walk hold no finite value.
+    """
+    if len(drawn) == 1 and drawn[0] != NO_LAW:
+        return Walk((), tuple(drawn))
+    children = tree.children()
+    node, path, tokens = ROOT, list[int](), list[int]()
+    while True:
+        token = drawn[node + 1]
+        if token == NO_LAW:
+            raise PacelineError("the model returned logits without a finite maximum.")
+        tokens.append(token)
+        node = next((child for child in children[node + 1] if tree.tokens[child] == token), ROOT)
+        if node == ROOT:
+            return Walk(tuple(path), tuple(tokens))
+        path.append(node)
 
 
 _NO_NOISE = np.zeros(1, dtype=np.uint32)

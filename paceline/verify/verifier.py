@@ -8,8 +8,9 @@ import numpy as np
 
 from paceline.arrays import BoolArray
 from paceline.engine.draft_tree import DraftTree
-from paceline.engine.types import DraftBatch, ScheduledBatch, ScheduledRequest, TargetScores
-from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
+from paceline.engine.sampling import MIN_TEMPERATURE
+from paceline.engine.types import NOT_DRAWN, DraftBatch, ScheduledBatch, ScheduledRequest, TargetScores
+from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput
 
 
 class Verifier:
@@ -17,10 +18,12 @@ class Verifier:
 
     Args:
         runner: the target model.
+        shares_noise: whether the acceptance rule commits the target's own samples, which the device may draw then.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, *, shares_noise: bool = False) -> None:
         self._runner = runner
+        self._shares_noise = shares_noise
 
     def verify(self, batch: ScheduledBatch, drafts: DraftBatch) -> TargetScores:
         """Logits of every sampling request's root and nodes, and of prompt tokens where they were asked for."""
@@ -41,8 +44,31 @@ class Verifier:
                 first_row.append(len(rows))
                 rows.extend(range(end - 1, end + len(tree)))
             start += len(inputs[-1].token_ids)
-        logits = self._runner.forward(ForwardBatch(tuple(inputs), rows))
-        return TargetScores(logits, tuple(first_row), prompt_rows)
+        forward = ForwardBatch(tuple(inputs), rows)
+        if not self._runner.draws:
+            return TargetScores(self._runner.forward(forward), tuple(first_row), prompt_rows)
+        draws = self._draws(batch, drafts, first_row, len(rows))
+        logits, tokens = self._runner.forward_and_draw(forward, draws)
+        return TargetScores(logits, tuple(first_row), prompt_rows, np.where(draws.usable, tokens, NOT_DRAWN))
+
+    def _draws(self, batch: ScheduledBatch, drafts: DraftBatch, first_row: Sequence[int], num_rows: int) -> RowDraws:
+        """The noise and temperature of every row that commits or verifies."""
+        usable = np.zeros(num_rows, dtype=np.bool_)
+        temperature = np.zeros(num_rows)
+        seed = np.zeros(num_rows, dtype=np.uint64)
+        sample_index, position = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int64)
+        for item, tree, row in zip(batch.sampling, drafts.trees, first_row, strict=True):
+            request = item.request
+            params = request.params
+            if request.constraint is None and params.law_is_plain and (params.greedy or self._shares_noise):
+                mine = slice(row, row + 1 + len(tree))
+                usable[mine] = True
+                if not params.greedy:
+                    temperature[mine] = max(params.temperature, MIN_TEMPERATURE)
+                    seed[mine], sample_index[mine] = request.noise.seed, request.noise.sample_index
+                    position[mine] = len(request.token_ids)
+                    position[row + 1 : row + 1 + len(tree)] += tree.depths()
+        return RowDraws(usable, temperature, seed.view(np.int64), sample_index, position)
 
 
 def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceInput:
@@ -57,6 +83,7 @@ def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceI
         start,
         request.blocks,
         None if tree.is_chain() else _visible(item.num_tokens, tree),
+        num_causal=item.num_tokens,
     )
 
 

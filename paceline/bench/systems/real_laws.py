@@ -73,11 +73,11 @@ def next_rows(llm: LLM, prefix: Sequence[int], tokens: Sequence[int] = ()) -> ND
     try:
         start = len(prefix)
         whole = SequenceInput(prefix, np.arange(start), 0, table)
-        rows = [llm.engine.runner.forward(ForwardBatch((whole,), [start - 1]))]
+        rows = [llm.engine.runner.forward(ForwardBatch((whole,), [start - 1])).clone()]
         if tokens:
             each = np.eye(len(tokens), dtype=np.bool_)
             after = SequenceInput(tokens, np.full(len(tokens), start), start, table, each)
-            rows.append(llm.engine.runner.forward(ForwardBatch((after,), range(len(tokens)))))
+            rows.append(llm.engine.runner.forward(ForwardBatch((after,), range(len(tokens)))).clone())
         return np.concatenate([row.float().cpu().numpy() for row in rows])
     finally:
         blocks.release(table)

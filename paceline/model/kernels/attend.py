@@ -10,6 +10,7 @@ import triton
 
 from paceline.model.kernels.attention import attention_kernel, merge_splits_kernel
 from paceline.model.kernels.batch import SPLIT_KEYS, AttentionBatch, Tiles
+from paceline.model.kernels.overlap import launch_options
 
 _MERGE_AT_ONCE = 16
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +43,7 @@ def attend(
     lse: torch.Tensor | None = None,
     partials: Partials | None = None,
     return_lse: bool = False,
+    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of all rows over one layer's keys and values.
 
@@ -53,6 +55,7 @@ def attend(
         softcap: Scores become `softcap * tanh(score / softcap)`.
         out: Where to write; fp32 keeps a segment exact for merging.  # [T, heads, head_dim], contiguous
         lse: Where to write the log-sum-exp.  # fp32 [T, heads], contiguous
+        overlap: See `overlap.py`.
         partials: Workspace for at least `batch.splits` splits; allocated here if missing and needed.
 
     Returns:
@@ -72,7 +75,7 @@ def attend(
         partials = Partials.empty(rows, heads, batch.splits, head_dim, query.device)
     for tiles in batch.tiles:
         if tiles.seq.shape[0]:
-            _launch(query, key_pool, value_pool, batch, tiles, scale, window, softcap, out, lse, partials)
+            _launch(query, key_pool, value_pool, batch, tiles, scale, window, softcap, out, lse, partials, overlap)
     return out, lse
 
 
@@ -88,6 +91,7 @@ def _launch(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     partials: Partials | None,
+    overlap: bool,
 ) -> None:
     heads, head_dim = query.shape[1:]
     kv_heads = key_pool.shape[1]
@@ -99,6 +103,7 @@ def _launch(
     common = {
         "NUM_HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "TILE_QUERIES": tiles.queries, "SPLIT_KEYS": SPLIT_KEYS if tiles.splits else 0, "STORE_LSE": lse is not None,
+        "OVERLAP": overlap, **launch_options(overlap),
     }  # fmt: skip
     log_sums = out if lse is None else lse
     attention_kernel[(tiles.seq.shape[0], kv_heads, max(tiles.splits, 1))](
@@ -123,10 +128,11 @@ def _launch(
 def _key_block(block_m: int, head_dim: int, element_size: int) -> tuple[int, int]:
     """Keys of a block and stages of its loads, such that they fit in shared memory.
 
-    A function of the tile's shape only, never of the batch: it decides the order of summation. Two stages are spent on
-    one block ahead, because a block's keys are found through the block table; decode looks two blocks ahead.
+    A function of the tile's shape only, never of the batch: it decides the order of summation.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
-    if block_m < 64:
-        return (64, 5) if row_bytes <= 256 else (64, 3) if row_bytes <= 512 else (32, 3)
+    if block_m < 64:  # few programs run at decode, each waiting for memory: it asks for much at once
+        return (
+            (256, 1) if row_bytes <= 128 else (128, 2) if row_bytes <= 256 else (64, 3) if row_bytes <= 512 else (32, 3)
+        )
     return (64, 3) if row_bytes <= 256 else (32, 3) if row_bytes <= 512 else (16, 2)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from paceline.model.kernels.overlap import let_next_begin, wait_for_inputs
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -110,12 +112,14 @@ def attention_kernel(
     NUM_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_QUERIES: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, MERGED: tl.constexpr, TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, kv_heads, splits). Rows of a tile are ordered by query, then by query head.
 
     `SPLIT_KEYS` is 0 if one program reads all keys. `MERGED`: sequences of more than one split go to the partials.
     """
+    if OVERLAP:
+        wait_for_inputs()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -184,6 +188,8 @@ def attention_kernel(
             BLOCK_SIZE, HEAD_DIM, BLOCK_D, SOFTCAP, True, True, PRECISION, WIDEN,
         )  # fmt: skip
 
+    if OVERLAP:
+        let_next_begin()
     some = row_sum > 0.0
     total = tl.where(some, row_sum, 1.0)
     result = acc / total[:, None]
@@ -207,9 +213,12 @@ def merge_splits_kernel(
     partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start,
     stride_splits,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_QUERIES: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, BLOCK_S: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * TILE_QUERIES, heads). Splits are read BLOCK_S at a time, in order."""
+    if OVERLAP:  # before any program may end: this kernel's end must mean the end of those before it
+        let_next_begin()
+        wait_for_inputs()
     tile = tl.program_id(0) // TILE_QUERIES
     head = tl.program_id(1)
     seq = tl.load(tile_seq + tile)

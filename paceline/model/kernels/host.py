@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,8 @@ class BatchShape:
     """Tiles of prefill chunks; a shape without them runs every sequence in decode tiles."""
     max_splits: int = 0
     """Splits of decode tiles; 0 asks for as many as `max_blocks` blocks fill."""
+    extra: tuple[tuple[str, int], ...] = ()
+    """Names and sizes of further fields (int64) that travel with the batch."""
 
     @property
     def tile_queries(self) -> int:
@@ -69,6 +71,7 @@ class BatchShape:
         return {
             "slot_mapping": (np.int64, (self.max_tokens,)),
             "tree_mask": (np.int64, (self.max_tokens, words)),
+            **{name: (np.int64, (size,)) for name, size in self.extra},
             "query_start": (np.int32, (seqs + 1,)),
             "context_len": (np.int32, (seqs,)),
             "key_start": (np.int32, (seqs,)),
@@ -122,10 +125,14 @@ class BatchBuffers:
             self._fields[name] = self._host.numpy().view(np.uint8)[offset:end].view(kind).reshape(dims)
             views[name] = self._device.view(torch.uint8)[offset:end].view(_TORCH[kind]).view(dims)
             offset += _padded_bytes(kind, dims)
+        for name in ("slot_mapping", "tile_seq", "chunk_tile_seq"):  # nothing is written or computed yet
+            self._fields[name][:] = -1
+        self._device.copy_(self._host)
         tiles = (
             Tiles(views.pop("tile_seq"), views.pop("tile_start"), shape.tile_queries, shape.num_splits),
             Tiles(views.pop("chunk_tile_seq"), views.pop("chunk_tile_start"), shape.chunk_queries, 0),
         )
+        self.extra = {name: views.pop(name) for name, _ in shape.extra}
         self.batch = AttentionBatch(**views, tiles=tiles, block_size=shape.block_size)
 
     def fill(
@@ -137,6 +144,7 @@ class BatchBuffers:
         trees: Sequence[Tree | None] = (),
         key_start: Sequence[int] | None = None,
         key_end: Sequence[int] | None = None,
+        extra: Mapping[str, IntArray] | None = None,
     ) -> AttentionBatch:
         """Describe a step and copy it to the device, without waiting for the copy.
 
@@ -151,6 +159,7 @@ class BatchBuffers:
             trees: The draft tree of each sequence, None for plain causal order; empty if nobody has one.
             key_start: First cache index read, to attend to a segment.  [S]
             key_end: Where reading ends.  [S]
+            extra: First values of the further fields.
 
         Returns:
             The batch, the same object every time.
@@ -174,6 +183,8 @@ class BatchBuffers:
             if tree is not None:
                 self._fill_tree(s, int(starts[s]), int(starts[s + 1]), tree)
         self._fill_tiles(starts, new)
+        for name, values in (extra or {}).items():
+            f[name][: len(values)] = values
         self._device.copy_(self._host, non_blocking=True)
         return self.batch
 
@@ -191,8 +202,9 @@ class BatchBuffers:
         width = tree.visible.shape[1]
         f["tree_start"][s] -= width
         f["tree_mask"][first:last] = tree.words(self.shape.tree_words)
-        f["tree_positions"][s, : len(tree.tail_positions)] = tree.tail_positions
-        f["tree_positions"][s, len(tree.tail_positions) : width] = f["positions"][first:last]
+        tail = len(tree.tail_positions)
+        f["tree_positions"][s, :tail] = tree.tail_positions
+        f["tree_positions"][s, tail:width] = f["positions"][last - (width - tail) : last]
 
     def _fill_tiles(self, starts: IntArray, new: IntArray) -> None:
         shape, f = self.shape, self._fields

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from paceline.model.kernels.overlap import launch_options, let_next_begin, wait_for_inputs
+
 
 @triton.jit
 def write_kv_kernel(
@@ -43,9 +45,12 @@ def rope_write_kv_kernel(
     query_ptr, key_ptr, value_ptr, out_ptr, key_pool, value_pool, slot_mapping, positions, cos_table, sin_table,
     stride_query, stride_query_head, stride_key, stride_key_head, stride_value, stride_value_head,
     stride_out, stride_out_head, stride_slot, stride_pool_head,
-    GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_G: tl.constexpr,
+    GROUPS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_G: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows, kv_heads): the query heads of one KV head, its key and its value."""
+    if OVERLAP:
+        let_next_begin()
+        wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     slot = tl.load(slot_mapping + row)
@@ -114,6 +119,8 @@ def rope_write_kv(
     value_pool: torch.Tensor,
     slot_mapping: torch.Tensor,
     out: torch.Tensor | None = None,
+    *,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Rotate queries and keys (rotate-half) and store keys and values; rows with slot -1 are skipped altogether.
 
@@ -126,6 +133,7 @@ def rope_write_kv(
         key_pool: [num_slots, kv_heads, head_dim], `value_pool` with the same strides.
         slot_mapping: int64 [T]
         out: Where to write the rotated queries; `query` itself is allowed.
+        overlap: See `overlap.py`.
 
     Returns:
         The rotated queries.  # [T, heads, head_dim]
@@ -143,6 +151,7 @@ def rope_write_kv(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         out.stride(0), out.stride(1), key_pool.stride(0), key_pool.stride(1),
         GROUPS=groups, HALF=head_dim // 2, BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        BLOCK_G=triton.next_power_of_2(groups), num_warps=1 if groups * head_dim <= 512 else 4,
+        BLOCK_G=triton.next_power_of_2(groups), OVERLAP=overlap, num_warps=1 if groups * head_dim <= 512 else 4,
+        **launch_options(overlap),
     )  # fmt: skip
     return out

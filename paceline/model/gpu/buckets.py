@@ -1,0 +1,88 @@
+"""Which captured shape serves a batch: every step is padded up to one of few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from paceline.model.gpu.tiles import SOME
+from paceline.model.kernels.batch import CHUNK_FROM, SPLIT_KEYS
+
+_SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_SPLITS = (1, 8)
+"""Splits of the keys that graphs are captured for, beside as many as the longest sequence fills."""
+_TREE_WORDS = (0, 1, 4, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A shape that a graph is captured for."""
+
+    tokens: int
+    seqs: int
+    rows: int
+    """Of logits."""
+    splits: int
+    tree_words: int
+    """Words of 64 nodes in the widest draft tree; 0: chains only."""
+    chunks: bool
+    """Whether there are sequences with so many new tokens that they take the larger attention tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """The shapes of one engine.
+
+    Args:
+        max_tokens: most tokens in a step.
+        max_seqs: most sequences.
+        max_model_len: longest sequence.
+    """
+
+    max_tokens: int
+    max_seqs: int
+    max_model_len: int
+
+    def sizes(self) -> Iterator[int]:
+        """Numbers of tokens, ascending: powers of two and halves between them, then in wider steps."""
+        last = 0
+        for size in _SMALL:
+            if last < self.max_tokens:
+                last = size
+                yield size
+        while last < self.max_tokens:
+            last += 64 if last < 512 else 128 if last < 1024 else 512
+            yield last
+
+    @property
+    def most_splits(self) -> int:
+        """What the longest sequence fills."""
+        return -(-self.max_model_len // SPLIT_KEYS)
+
+    def find(self, new: list[int], rows: int, longest: int, tree_width: int) -> Bucket | None:
+        """The bucket of a batch; None if it is larger than any.
+
+        Args:
+            new: new tokens of every sequence.
+            rows: wanted rows of logits.
+            longest: keys of the longest sequence in decode tiles.
+            tree_width: nodes of the widest tree.
+        """
+        count = sum(new)
+        tokens = next((size for size in self.sizes() if size >= count), None)
+        words = next((w for w in _TREE_WORDS if 64 * w >= tree_width), None)
+        if tokens is None or words is None or len(new) > self.max_seqs or longest > self.max_model_len:
+            return None
+        splits = next((s for s in _SPLITS if s * SPLIT_KEYS >= longest and s < self.most_splits), self.most_splits)
+        wanted = tokens if tokens <= SOME or rows > SOME else SOME
+        return Bucket(tokens, min(tokens, self.max_seqs), wanted, splits, words, max(new) >= CHUNK_FROM)
+
+    def first(self) -> Iterator[Bucket]:
+        """What is captured before the first request: decoding at all sizes, and reading prompts in full steps."""
+        for tokens in self.sizes():
+            seqs = min(tokens, self.max_seqs)
+            if tokens <= 2 * self.max_seqs:
+                for splits in {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}:
+                    yield Bucket(tokens, seqs, tokens, splits, 0, False)
+            elif tokens <= self.max_tokens:
+                yield Bucket(tokens, seqs, SOME, 1, 0, True)

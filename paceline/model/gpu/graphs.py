@@ -1,0 +1,260 @@
+"""Runs a decoder step by step: the host describes a batch in one copy, and a CUDA graph does the rest.
+
+A graph is captured for each bucket of shapes (`buckets.py`), the common ones before the first request and others when
+they first come. Padding rows write no KV. On a CPU (Triton's interpreter) the same kernels run one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from paceline.arrays import IntArray
+from paceline.cache.paged_kv import PagedKV
+from paceline.engine.types import NO_LAW
+from paceline.model.gpu.buckets import Bucket, Buckets
+from paceline.model.gpu.decoder import Decoder, Scratch
+from paceline.model.gpu.weights import fuse_weights
+from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, SPLIT_KEYS
+from paceline.model.kernels.draw import Places, draw_rows
+from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
+from paceline.model.kernels.rows import LogitRows
+
+if TYPE_CHECKING:
+    from paceline.model.runner import ForwardBatch, RowDraws
+
+logger = logging.getLogger(__name__)
+_OVERLAP_FROM = (9, 0)
+"""Compute capability from which kernels may begin while the ones before them end."""
+_MOST_PARTIALS = 256 << 20
+"""Bytes for attention over split keys; beyond it memory is taken for a step."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Outputs:
+    """What a launch leaves on the device."""
+
+    logits: torch.Tensor  # fp32 [R, vocab]
+    hidden: torch.Tensor  # [R, hidden]
+    drawn: torch.Tensor  # int32 [R], NO_LAW where there is no finite maximum
+
+
+@dataclass(slots=True, eq=False)
+class _Captured:
+    """What serves a bucket."""
+
+    buffers: BatchBuffers
+    outputs: _Outputs | None = None
+    graph: Any = None
+
+
+class GraphRunner:
+    """The forward of a Llama-like model.
+
+    Args:
+        model: one that `is_llama_like`.
+        kv: its cache.
+        buckets: the shapes of the engine's steps.
+        eager: launch kernels one by one.
+    """
+
+    def __init__(self, model: Any, kv: PagedKV, buckets: Buckets, *, eager: bool = False) -> None:
+        self._device = kv.slots.device
+        cuda = self._device.type == "cuda"
+        overlap = cuda and torch.cuda.get_device_capability(self._device) >= _OVERLAP_FROM
+        self._weights = fuse_weights(model, buckets.max_model_len)
+        self._decoder = Decoder(self._weights, kv, overlap=overlap)
+        self._kv = kv
+        self._buckets = buckets
+        self._eager = eager or not cuda
+        w = self._weights
+        per_token = w.heads * buckets.most_splits * (w.head_dim + 1) * 4
+        split_tokens = max(1, min(max(buckets.sizes()), _MOST_PARTIALS // per_token))
+        most = max(buckets.sizes())
+        self._scratch = Scratch.empty(w, most, most, split_tokens, buckets.most_splits)
+        self._drawn = torch.empty(most, dtype=torch.int32, pin_memory=cuda)
+        self._captured: dict[Bucket, _Captured] = {}
+        self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if cuda and not self._eager else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory beside weights and KV, without what CUDA keeps for each graph."""
+        return self._scratch.num_bytes
+
+    @torch.inference_mode()
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Capture the common buckets."""
+        if self._eager:
+            return
+        wanted = list(self._buckets.first())
+        for done, bucket in enumerate(wanted, start=1):
+            self._of(bucket)
+            on_progress(done, len(wanted))
+
+    def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the batch and write its KV.
+
+        Returns:
+            Logits and last hidden states of `batch.logit_rows`; the next call overwrites them.
+            # fp32 [R, vocab], [R, hidden]
+        """
+        rows = len(batch.logit_rows)
+        outputs = self._run(batch, None)
+        return outputs.logits[:rows], outputs.hidden[:rows]
+
+    @torch.inference_mode()
+    def run_and_draw(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, IntArray]:
+        """Compute the batch, draw the target's sample of every wanted row, and wait for the samples.
+
+        Returns:
+            Logits, which the next call overwrites, and samples.  # fp32 [R, vocab], [R]
+        """
+        rows = len(batch.logit_rows)
+        outputs = self._run(batch, draws)
+        drawn = outputs.drawn[:rows]
+        host = self._drawn[:rows]
+        host.copy_(drawn, non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return outputs.logits[:rows], host.numpy().astype(np.int64)
+
+    def _run(self, batch: ForwardBatch, draws: RowDraws | None) -> _Outputs:
+        step = _Step(batch, draws)
+        bucket = self._buckets.find(step.new, len(batch.logit_rows), step.longest, step.tree_width)
+        if bucket is None:
+            return self._too_large(step)
+        captured = self._of(bucket)
+        step.fill(captured.buffers)
+        if captured.graph is None:
+            return self._launch(captured.buffers, self._scratch)
+        captured.graph.replay()
+        assert captured.outputs is not None
+        return captured.outputs
+
+    def _launch(self, buffers: BatchBuffers, scratch: Scratch) -> _Outputs:
+        extra = buffers.extra
+        logits, hidden = self._decoder.run(extra["token_ids"], buffers.batch, extra["logit_rows"], scratch)
+        places = Places(extra["seed"], extra["sample_index"], extra["position"])
+        temperature = extra["temperature"].view(torch.float32)[: len(logits)]
+        found = draw_rows(LogitRows(logits), places, temperature)
+        return _Outputs(logits, hidden, torch.where(found.finite, found.token, NO_LAW))
+
+    def _of(self, bucket: Bucket) -> _Captured:
+        found = self._captured.get(bucket)
+        if found is None:
+            found = self._captured[bucket] = _Captured(BatchBuffers(self._shape(bucket), self._device))
+            if not self._eager:
+                self._capture(found)
+        return found
+
+    def _capture(self, captured: _Captured) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                self._launch(captured.buffers, self._scratch)  # compiles what is not compiled yet
+                torch.cuda.synchronize(self._device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                    outputs = self._launch(captured.buffers, self._scratch)
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            logger.warning("a CUDA graph could not be captured; kernels are launched one by one", exc_info=True)
+            self._eager = True
+            return
+        captured.graph, captured.outputs = graph, outputs
+
+    def _shape(self, bucket: Bucket) -> BatchShape:
+        size = self._kv.block_size
+        w = self._weights
+        groups = w.heads // w.kv_heads
+        chunk_tiles = bucket.seqs + bucket.tokens // max(1, CHUNK_ROWS // groups) if bucket.chunks else 0
+        return BatchShape(
+            max_tokens=bucket.tokens,
+            max_seqs=bucket.seqs,
+            max_blocks=-(-self._buckets.max_model_len // size),
+            block_size=size,
+            groups=groups,
+            tree_words=bucket.tree_words,
+            max_splits=bucket.splits,
+            max_chunk_tiles=chunk_tiles,
+            extra=(
+                ("token_ids", bucket.tokens),
+                *((name, bucket.rows) for name in ("logit_rows", "seed", "sample_index", "position")),
+                ("temperature", -(-bucket.rows // 2)),
+            ),
+        )
+
+    def _too_large(self, step: _Step) -> _Outputs:
+        """A batch beyond every bucket runs with memory of its own."""
+        count, rows = sum(step.new), len(step.wanted)
+        words = -(-step.tree_width // 64)
+        splits = max(1, -(-step.longest // SPLIT_KEYS))
+        bucket = Bucket(count, len(step.new), rows, splits, words, max(step.new) >= CHUNK_FROM)
+        buffers = BatchBuffers(self._shape(bucket), self._device)
+        step.fill(buffers)
+        return self._launch(buffers, Scratch.empty(self._weights, count, rows, count, splits))
+
+
+class _Step:
+    """A batch in the order of the kernels: sequences in decode tiles first."""
+
+    def __init__(self, batch: ForwardBatch, draws: RowDraws | None = None) -> None:
+        self.draws = draws
+        sequences = batch.sequences
+        new = [len(s.token_ids) for s in sequences]
+        wanted = np.asarray(batch.logit_rows, dtype=np.int64)
+        if max(new) >= CHUNK_FROM and len(sequences) > 1:
+            order = sorted(range(len(new)), key=lambda i: new[i] >= CHUNK_FROM)
+            starts = np.concatenate([[0], np.cumsum(new)])
+            moved = np.concatenate([[0], np.cumsum([new[i] for i in order])])[:-1]
+            place = np.empty(len(new), dtype=np.int64)
+            place[order] = moved
+            owner = np.searchsorted(starts, wanted, side="right") - 1
+            wanted = wanted - starts[owner] + place[owner]
+            sequences, new = tuple(sequences[i] for i in order), [new[i] for i in order]
+        self.sequences, self.new, self.wanted = sequences, new, wanted
+        self.longest = max(
+            (s.context_len + n for s, n in zip(sequences, new, strict=True) if n < CHUNK_FROM), default=1
+        )
+        self.trees = [None if s.visible is None else _tree(s) for s in sequences]
+        self.tree_width = max((t.visible.shape[1] for t in self.trees if t is not None), default=0)
+
+    def fill(self, buffers: BatchBuffers) -> None:
+        """Describe the step to the device."""
+        sequences = self.sequences
+        tokens = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
+        single = len(sequences) == 1
+        extra = {"token_ids": tokens, "logit_rows": self.wanted}
+        if self.draws is not None:
+            extra |= _words_of(self.draws)
+        buffers.fill(
+            self.new,
+            [s.context_len for s in sequences],
+            [s.blocks for s in sequences],
+            sequences[0].positions if single else np.concatenate([s.positions for s in sequences]),
+            self.trees,
+            extra=extra,
+        )
+
+
+def _words_of(draws: RowDraws) -> dict[str, IntArray]:
+    """The fields as 64-bit words, two temperatures in each."""
+    temperature = np.zeros(len(draws.temperature) + len(draws.temperature) % 2, dtype=np.float32)
+    temperature[: len(draws.temperature)] = draws.temperature
+    return {
+        "seed": draws.seed,
+        "sample_index": draws.sample_index,
+        "position": draws.position,
+        "temperature": temperature.view(np.int64),
+    }
+
+
+def _tree(s: Any) -> Tree:
+    """The columns of the mask that causal order does not say: those from the first draft node on."""
+    assert not (s.num_causal and len(s.tail_positions)), "draft nodes in the cache come before every new token"
+    return Tree(s.visible[:, s.num_causal :] if s.num_causal else s.visible, s.tail_positions)

@@ -1,0 +1,113 @@
+"""The forward in our own kernels against `transformers`: under Triton's interpreter, or on a GPU if there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_loaded
+from kernel_tools import DEVICE
+from torch.testing import assert_close
+
+pytest.importorskip("triton")
+
+from paceline.cache.paged_kv import PagedKV
+from paceline.engine.rng import Noise, Stream
+from paceline.engine.sampling import Law
+from paceline.engine.types import NO_LAW
+from paceline.model.gpu.buckets import Bucket, Buckets
+from paceline.model.gpu.graphs import GraphRunner
+from paceline.model.gpu.weights import is_llama_like
+from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput, kv_shape
+
+BUCKETS = Buckets(max_tokens=128, max_seqs=4, max_model_len=400)
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 24, "head_dim": 16},
+}
+
+
+def pair(architecture: str) -> tuple[ModelRunner, GraphRunner]:
+    """The same tiny model through `transformers` and through the kernels, each with a cache of its own."""
+    changes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    loaded = make_loaded(architecture, **{**changes, **FAMILIES[architecture]}, max_position_embeddings=400)
+    model = loaded.model.to(DEVICE)
+    assert is_llama_like(model)
+    caches = [PagedKV(kv_shape(loaded.config, torch.float32), 64, 16, DEVICE) for _ in range(2)]
+    return ModelRunner(model, caches[0], DEVICE), GraphRunner(model, caches[1], BUCKETS)
+
+
+def sequence(num_new: int, context: int, blocks: range, seed: int = 0) -> SequenceInput:
+    """New tokens in causal order."""
+    tokens = np.random.default_rng(seed).integers(3, 90, num_new).tolist()
+    return SequenceInput(tokens, np.arange(context, context + num_new), context, list(blocks))
+
+
+def tree(context: int, blocks: range) -> SequenceInput:
+    """A root and seven draft nodes."""
+    parents = (-1, 0, 0, 1, 1, 2, 3, 3)
+    visible = np.eye(8, dtype=np.bool_)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+    positions = context + visible.sum(axis=1) - 1
+    return SequenceInput(list(range(10, 18)), positions, context, list(blocks), visible, num_causal=1)
+
+
+def compare(slow: ModelRunner, fast: GraphRunner, batch: ForwardBatch) -> None:
+    """Logits of both."""
+    with torch.inference_mode():
+        found, _ = fast.run(batch)
+    assert_close(found, slow.forward(batch).float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_logits_are_those_of_transformers(architecture: str) -> None:
+    slow, fast = pair(architecture)
+    first, second, third = range(1, 8), range(8, 14), range(14, 18)
+    compare(slow, fast, ForwardBatch((sequence(20, 0, first), sequence(5, 0, second, 1)), [19, 24]))
+    compare(slow, fast, ForwardBatch((sequence(1, 20, first, 2), tree(5, second)), range(9)))
+    chunk = sequence(70, 0, range(18, 24), 3)
+    compare(slow, fast, ForwardBatch((chunk, sequence(1, 21, first, 4), sequence(2, 0, third, 5)), [69, 70, 72]))
+
+
+def test_a_step_beyond_every_bucket_runs_all_the_same() -> None:
+    slow, fast = pair("llama")
+    compare(slow, fast, ForwardBatch((sequence(140, 0, range(1, 12)),), [0, 139]))
+
+
+def test_draws_are_those_of_the_cpu() -> None:
+    _, fast = pair("llama")
+    noise = Noise(2**63 + 5, 1)
+    batch = ForwardBatch((sequence(4, 0, range(1, 3)),), range(4))
+    temperature = np.array([0.0, 1.0, 0.6, 1.0])
+    seed = np.full(4, noise.seed, dtype=np.uint64).view(np.int64)
+    draws = RowDraws(np.ones(4, dtype=np.bool_), temperature, seed, np.full(4, 1), np.arange(7, 11))
+    logits, drawn = fast.run_and_draw(batch, draws)
+    for row, (values, t) in enumerate(zip(logits.cpu().numpy(), temperature, strict=True)):
+        words = noise.words(7 + row, Stream.TARGET, len(values))
+        expected = values.argmax() if t == 0.0 else Law(values / np.float32(t)).draw(words)
+        assert drawn[row] == expected
+
+
+def test_rows_without_a_law_are_named() -> None:
+    _, fast = pair("llama")
+    fast._weights.norm.fill_(float("nan"))
+    plain = RowDraws(np.ones(1, dtype=np.bool_), np.zeros(1), *(np.zeros(1, dtype=np.int64) for _ in range(3)))
+    _, drawn = fast.run_and_draw(ForwardBatch((sequence(1, 0, range(1, 2)),), [0]), plain)
+    assert drawn.tolist() == [NO_LAW]
+
+
+def test_buckets_hold_what_they_are_found_for() -> None:
+    buckets = Buckets(max_tokens=600, max_seqs=32, max_model_len=4096)
+    assert buckets.find([1], 1, 100, 0) == Bucket(1, 1, 1, 1, 0, False)
+    assert buckets.find([3, 1], 4, 300, 3) == Bucket(4, 4, 4, 8, 1, False)
+    assert buckets.find([80, 1], 2, 30, 0) == Bucket(96 if 96 in buckets.sizes() else 128, 32, 64, 1, 0, True)
+    assert buckets.find([700], 1, 1, 0) is None
+    assert buckets.find([1] * 33, 33, 10, 0) is None
+    sizes = list(buckets.sizes())
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] >= 600
+    assert all(bucket.tokens >= bucket.seqs for bucket in buckets.first())
