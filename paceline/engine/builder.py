@@ -61,7 +61,7 @@ def build_engine(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     race(np.zeros(2, np.float32), Noise(0), 0, Stream.TARGET)  # compiled here, not in somebody's first step
-    runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded))
+    runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded), on_progress)
     _check_budgets(speculation.spec, max_model_len)
     vocab_size = int(loaded.config.vocab_size)
     made = _drafters(config, speculation, loaded, vocab_size, on_progress)
@@ -101,7 +101,11 @@ def _wanted_length(config: EngineConfig, loaded: LoadedModel) -> tuple[int, bool
 
 
 def _runner(
-    config: EngineConfig, loaded: LoadedModel, max_model_len: int, length_is_wanted: bool
+    config: EngineConfig,
+    loaded: LoadedModel,
+    max_model_len: int,
+    length_is_wanted: bool,
+    on_progress: Callable[[str], None],
 ) -> tuple[ModelRunner, BlockManager, int]:
     """A runner with a cache that holds at least one full sequence; returns the length that fits, too."""
     if loaded.device.type == "cpu":
@@ -131,7 +135,9 @@ def _runner(
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
     most = config.max_num_batched_tokens + min(_MOST_DRAFTS, _DRAFTS_EACH * config.max_num_seqs)
     limits = StepLimits(most, config.max_num_seqs, max_model_len, config.eager)
-    return ModelRunner(loaded.model, kv, loaded.device, limits), blocks, max_model_len
+    runner = ModelRunner(loaded.model, kv, loaded.device, limits)
+    runner.warm_up(lambda done, total: on_progress(f"capturing CUDA graphs ({done}/{total})"))
+    return runner, blocks, max_model_len
 
 
 def _default_kv_bytes(device: torch.device, one_sequence: int) -> int:
@@ -184,7 +190,9 @@ def _drafters(
             if "vocab" in options:
                 cut_head(draft, read_ranking(options.pop("vocab"), draft).tolist())
             longest = min(draft.max_model_len, loaded.max_model_len)
-            supplies["runner"], supplies["blocks"], supplies["max_model_len"] = _runner(config, draft, longest, False)
+            supplies["runner"], supplies["blocks"], supplies["max_model_len"] = _runner(
+                config, draft, longest, False, on_progress
+            )
         made[wanted.name] = drafters.create(wanted.name, options, supplies)
     return made
 

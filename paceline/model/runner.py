@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -104,11 +104,16 @@ class ModelRunner:
         self.num_tokens = 0
         """Tokens through the network so far."""
 
+    def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
+        """Capture what is captured before the first request; `on_progress` gets what is done and how much there is."""
+        if self._graphs is not None:
+            self._graphs.warm_up(on_progress)
+
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute the batch and write its KV.
 
         Returns:
-            Logits of `batch.logit_rows`.  # [len(logit_rows), vocab]
+            Logits of `batch.logit_rows`; on a GPU the next forward may overwrite them.  # [len(logit_rows), vocab]
         """
         return self._run(batch, hidden=False)[0]
 

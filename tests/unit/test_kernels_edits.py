@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernel_tools import DEVICE, drawn_by_cpu, host, limits, places, temperatures
+from sampling_tools import DEVICE, drawn_by_cpu, host, limits, places, temperatures
 
 from paceline.config import SamplingParams
 from paceline.engine.rng import Noise

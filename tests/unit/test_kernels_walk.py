@@ -12,7 +12,7 @@ from scipy import stats
 
 pytest.importorskip("triton")
 
-from kernel_tools import DEVICE, host, law_of, limits, places, temperatures
+from sampling_tools import DEVICE, host, law_of, limits, places, temperatures
 
 from paceline.config import SamplingParams
 from paceline.engine.draft_tree import DraftTree, Origin

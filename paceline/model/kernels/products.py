@@ -50,6 +50,7 @@ def _product(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -66,9 +67,11 @@ def _product(
         in_inner = inner < INNER
         inside = in_columns[None, :] & in_inner[:, None]
         values = tl.load(x_rows + inner[None, :], mask=in_rows[:, None] & in_inner[None, :], other=0.0)
-        total = tl.dot(values, tl.load(weight_columns + inner[:, None], mask=inside, other=0.0), total)
+        weights = tl.load(weight_columns + inner[:, None], mask=inside, other=0.0)
+        total = tl.dot(values, weights, total, input_precision=PRECISION)
         if GATED:
-            total_up = tl.dot(values, tl.load(up_columns + inner[:, None], mask=inside, other=0.0), total_up)
+            weights = tl.load(up_columns + inner[:, None], mask=inside, other=0.0)
+            total_up = tl.dot(values, weights, total_up, input_precision=PRECISION)
     if OVERLAP:
         let_next_begin()
     if GATED:
@@ -130,6 +133,7 @@ def product(
         COLUMNS=tile.columns,
         STEP=tile.inner,
         OVERLAP=overlap,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
         num_stages=tile.stages,
         **launch_options(overlap),
