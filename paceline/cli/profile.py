@@ -94,7 +94,7 @@ def costs(llm: LLM, console: Console, *, refresh: bool) -> tuple[CostTable, str]
 
     engine = llm.engine
     blocks = engine.stages.scheduler.blocks
-    key = profile_key(llm.loaded, blocks, engine.max_model_len)
+    key = profile_key(llm.loaded, engine.runner, blocks, engine.max_model_len)
     known = None if refresh else load_profile(key)
     if known is not None:
         when = known.about.get("measured_at", "earlier")

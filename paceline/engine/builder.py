@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.8
 """Of the memory that is free after loading."""
+_GRAPH_BYTES = 768 << 20
+"""For captured graphs, and attention over split keys."""
 _DRAFTS_EACH, _MOST_DRAFTS = 8, 512
 """Draft nodes for each request, and of a step, up to which its shape is prepared."""
 
@@ -115,7 +117,11 @@ def _runner(
     shape = kv_shape(loaded.config, loaded.dtype)
     per_block = shape.bytes_per_token * config.block_size
     needed = -(-max_model_len // config.block_size)
-    budget = config.kv_cache_memory or _default_kv_bytes(loaded.device, needed * per_block)
+    drafts = min(_MOST_DRAFTS, _DRAFTS_EACH * config.max_num_seqs)
+    most, rows = config.max_num_batched_tokens + drafts, config.max_num_seqs + drafts
+    budget = config.kv_cache_memory or _default_kv_bytes(
+        loaded.device, needed * per_block, _workspace_bytes(loaded, most, rows, max_model_len)
+    )
     num_blocks = min(budget // per_block, needed * config.max_num_seqs)
     if num_blocks < needed:
         fits = num_blocks * config.block_size
@@ -133,16 +139,25 @@ def _runner(
         max_model_len = fits
     kv = PagedKV(shape, num_blocks, config.block_size, loaded.device)
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
-    most = config.max_num_batched_tokens + min(_MOST_DRAFTS, _DRAFTS_EACH * config.max_num_seqs)
-    limits = StepLimits(most, config.max_num_seqs, max_model_len, config.eager)
+    limits = StepLimits(most, config.max_num_seqs, max_model_len, rows, config.eager)
     runner = ModelRunner(loaded.model, kv, loaded.device, limits)
     runner.warm_up(lambda done, total: on_progress(f"capturing CUDA graphs ({done}/{total})"))
     return runner, blocks, max_model_len
 
 
-def _default_kv_bytes(device: torch.device, one_sequence: int) -> int:
+def _workspace_bytes(loaded: LoadedModel, tokens: int, rows: int, length: int) -> int:
+    """What the forward on a GPU takes beside weights and KV, taken high (`model/gpu/graphs.py`)."""
+    config: Any = loaded.config
+    hidden = int(config.hidden_size)
+    widest = 2 * hidden + 4 * int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    rotary = 2 * length * 256 * 4
+    return 4 * rows * int(config.vocab_size) + loaded.dtype.itemsize * tokens * widest + rotary + _GRAPH_BYTES
+
+
+def _default_kv_bytes(device: torch.device, one_sequence: int, workspace: int) -> int:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _CUDA_KV_SHARE)
+        torch.cuda.empty_cache()
+        return int(max(torch.cuda.mem_get_info(device)[0] - workspace, 0) * _CUDA_KV_SHARE)
     return min(max(_CPU_KV_BYTES, one_sequence), _available_memory() // 2)
 
 

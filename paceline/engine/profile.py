@@ -51,7 +51,7 @@ def cost_table(
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> CostTable:
     """The costs of this model on this machine: remembered, or measured now and remembered."""
-    known = load_profile(profile_key(loaded, blocks, max_model_len))
+    known = load_profile(profile_key(loaded, runner, blocks, max_model_len))
     if known is not None:
         return known
     return new_cost_table(
@@ -67,7 +67,7 @@ def new_cost_table(
     loaded: LoadedModel, runner: ModelRunner, blocks: BlockManager, max_model_len: int, on_progress: Progress
 ) -> CostTable:
     """The costs of this model on this machine, measured now and remembered."""
-    key = profile_key(loaded, blocks, max_model_len)
+    key = profile_key(loaded, runner, blocks, max_model_len)
     table = measure_costs(runner, blocks, max_model_len, on_progress)
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     table = replace(table, about={"model": loaded.name, "measured_at": made, **key.describe(), **table.about})
@@ -75,9 +75,9 @@ def new_cost_table(
     return table
 
 
-def profile_key(loaded: LoadedModel, blocks: BlockManager, max_model_len: int) -> ProfileKey:
+def profile_key(loaded: LoadedModel, runner: ModelRunner, blocks: BlockManager, max_model_len: int) -> ProfileKey:
     """What the costs of a model depend on."""
-    device = torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else ""
+    device = f"{torch.cuda.get_device_name(loaded.device)}, {runner.way}" if loaded.device.type == "cuda" else ""
     longest = min(max_model_len, blocks.num_blocks * blocks.block_size, _CONTEXT + SIZES[-1])
     return ProfileKey.of(loaded.config.to_dict(), loaded.precision, device, longest)
 

@@ -77,6 +77,8 @@ class StepLimits:
     sequences: int
     length: int
     """Longest sequence."""
+    rows: int
+    """Most rows of logits, prompts' not counted."""
     eager: bool = False
     """Capture nothing: launch kernels one by one."""
 
@@ -118,6 +120,13 @@ class ModelRunner:
         return self._run(batch, hidden=False)[0]
 
     @property
+    def way(self) -> str:
+        """How forwards run on a GPU: in `graphs`, in our `kernels` one by one, or through `transformers` `modules`."""
+        if self._graphs is None:
+            return "modules"
+        return "kernels" if self._graphs.eager else "graphs"
+
+    @property
     def draws(self) -> bool:
         """Whether the target's own samples can be drawn on the device (`forward_and_draw`)."""
         return self._graphs is not None
@@ -138,7 +147,7 @@ class ModelRunner:
         """The same, and the last hidden states (after the final norm) of the same rows.  # [len(logit_rows), hidden]"""
         logits, hidden = self._run(batch, hidden=True)
         assert hidden is not None
-        return logits, hidden
+        return logits, hidden.clone() if self._graphs is not None else hidden
 
     @torch.inference_mode()
     def _run(self, batch: ForwardBatch, *, hidden: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -210,11 +219,13 @@ def _graphs(model: torch.nn.Module, kv: PagedKV, limits: StepLimits | None) -> G
         return None
     from paceline.model.gpu.buckets import Buckets
     from paceline.model.gpu.graphs import GraphRunner
+    from paceline.model.gpu.tiles import ROOMY
     from paceline.model.gpu.weights import is_llama_like
 
-    if not is_llama_like(model):
+    if not is_llama_like(model) or torch.cuda.get_device_capability(kv.slots.device)[0] not in ROOMY:
         return None
-    return GraphRunner(model, kv, Buckets(limits.tokens, limits.sequences, limits.length), eager=limits.eager)
+    buckets = Buckets(limits.tokens, limits.sequences, limits.length, limits.rows)
+    return GraphRunner(model, kv, buckets, eager=limits.eager)
 
 
 def kv_shape(config: object, dtype: torch.dtype) -> KVShape:

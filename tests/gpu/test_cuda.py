@@ -65,7 +65,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(cuda: torch.devi
     loaded = on_cuda(make_loaded("llama", **FUSED), cuda)
     model = loaded.model.to(torch.bfloat16)
     kv = PagedKV(kv_shape(loaded.config, torch.bfloat16), 64, 16, cuda)
-    runner = ModelRunner(model, kv, cuda, StepLimits(128, 16, 512))
+    runner = ModelRunner(model, kv, cuda, StepLimits(128, 16, 512, 128))
 
     def prompt(n: int, first: int) -> SequenceInput:
         return SequenceInput([(7 * i + first) % 90 for i in range(n)], np.arange(n), 0, range(first, first + 8))

@@ -15,6 +15,7 @@ from paceline.cache.paged_kv import PagedKV
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.sampling import Law
 from paceline.engine.types import NO_LAW
+from paceline.model.gpu import graphs
 from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.graphs import GraphRunner
 from paceline.model.gpu.weights import is_llama_like
@@ -76,6 +77,38 @@ def test_logits_are_those_of_transformers(architecture: str) -> None:
 def test_a_step_beyond_every_bucket_runs_all_the_same() -> None:
     slow, fast = pair("llama")
     compare(slow, fast, ForwardBatch((sequence(140, 0, range(1, 12)),), [0, 139]))
+
+
+def test_long_contexts_share_the_room_for_splits_or_take_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows over two splits of the keys, with room for five, and for two."""
+    for room in (5, 2):
+        monkeypatch.setattr(graphs, "_MOST_PARTIALS", room * 4 * 2 * 17 * 4)
+        slow, fast = pair("llama")
+        blocks = range(1, 25)
+        compare(slow, fast, ForwardBatch((sequence(100, 0, blocks), sequence(1, 0, range(25, 26))), [99, 100]))
+        compare(slow, fast, ForwardBatch((sequence(120, 100, blocks, 1),), [119]))
+        compare(slow, fast, ForwardBatch((sequence(64, 220, blocks, 2),), [63]))
+        after = sequence(5, 284, blocks, 3)
+        assert fast._fits(Bucket(5, 4, 5, 2, 0, False), 5) == (room == 5)
+        compare(slow, fast, ForwardBatch((after,), range(5)))
+
+
+def test_rows_may_be_asked_for_twice_and_be_many() -> None:
+    """Log-probabilities of prompts ask for the last row beside the root's."""
+    slow, fast = pair("llama")
+    batch = ForwardBatch((sequence(64, 0, range(1, 6)),), [*range(64), 63])
+    compare(slow, fast, batch)
+    none = RowDraws(np.zeros(65, dtype=np.bool_), np.zeros(65), *(np.zeros(65, dtype=np.int64) for _ in range(3)))
+    assert len(fast.run_and_draw(batch, none)[1]) == 65
+    rows = [*range(140)] * 2
+    none = RowDraws(np.zeros(280, dtype=np.bool_), np.zeros(280), *(np.zeros(280, dtype=np.int64) for _ in range(3)))
+    logits, drawn = fast.run_and_draw(ForwardBatch((sequence(140, 0, range(1, 12)),), rows), none)
+    assert drawn.tolist() == logits.argmax(dim=1).tolist()
+
+
+def test_blocks_beyond_the_new_tokens_do_not_matter() -> None:
+    slow, fast = pair("llama")
+    compare(slow, fast, ForwardBatch((sequence(5, 0, range(1, 60)),), [4]))
 
 
 def test_draws_are_those_of_the_cpu() -> None:

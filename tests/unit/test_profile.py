@@ -205,10 +205,10 @@ def test_every_part_of_the_key_counts(change: dict[str, Any]) -> None:
 
 
 def test_the_key_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, blocks = parts(make_engine(loaded()))
+    runner, blocks = parts(make_engine(loaded()))
 
     def key(made: Any, length: int = 512) -> ProfileKey:
-        return profile_key(made, blocks, length)
+        return profile_key(made, runner, blocks, length)
 
     first = key(loaded())
     renamed = make_loaded()
@@ -264,7 +264,7 @@ def test_bytes_that_are_no_text_are_damage_too(caplog: pytest.LogCaptureFixture)
 def test_a_damaged_file_is_replaced_at_the_next_start(caplog: pytest.LogCaptureFixture) -> None:
     engine = make_engine(loaded())
     remembered(engine)
-    path = profile_key(loaded(), parts(engine)[1], 512).path()
+    path = profile_key(loaded(), *parts(engine), 512).path()
     path.write_text("{")
     again = remembered(engine)
     assert "measuring again" in caplog.text

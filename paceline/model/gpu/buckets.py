@@ -37,11 +37,13 @@ class Buckets:
         max_tokens: most tokens in a step.
         max_seqs: most sequences.
         max_model_len: longest sequence.
+        max_rows: most rows of logits that memory is kept for.
     """
 
     max_tokens: int
     max_seqs: int
     max_model_len: int
+    max_rows: int = 1024
 
     def sizes(self) -> Iterator[int]:
         """Numbers of tokens, ascending: powers of two and halves between them, then in wider steps."""
@@ -69,13 +71,12 @@ class Buckets:
             tree_width: nodes of the widest tree.
         """
         count = sum(new)
-        tokens = next((size for size in self.sizes() if size >= count), None)
+        tokens = next((size for size in self.sizes() if size >= count and _rows(size, rows) >= rows), None)
         words = next((w for w in _TREE_WORDS if 64 * w >= tree_width), None)
         if tokens is None or words is None or len(new) > self.max_seqs or longest > self.max_model_len:
             return None
         splits = next((s for s in _SPLITS if s * SPLIT_KEYS >= longest and s < self.most_splits), self.most_splits)
-        wanted = tokens if tokens <= SOME or rows > SOME else SOME
-        return Bucket(tokens, min(tokens, self.max_seqs), wanted, splits, words, max(new) >= CHUNK_FROM)
+        return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
 
     def first(self) -> Iterator[Bucket]:
         """What is captured before the first request: decoding at all sizes, and reading prompts in full steps."""
@@ -86,3 +87,8 @@ class Buckets:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
             elif tokens <= self.max_tokens:
                 yield Bucket(tokens, seqs, SOME, 1, 0, True)
+
+
+def _rows(tokens: int, wanted: int) -> int:
+    """Rows of logits of a bucket for so many tokens: all, or few of a prompt's."""
+    return tokens if tokens <= SOME or wanted > SOME else SOME

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from paceline.cache.paged_kv import PagedKV
-from paceline.model.gpu.tiles import tile_for
+from paceline.model.gpu.tiles import SOME, tile_for
 from paceline.model.gpu.weights import DecoderWeights, LayerWeights
 from paceline.model.kernels.attend import Partials, attend
 from paceline.model.kernels.batch import AttentionBatch
@@ -32,11 +32,12 @@ class Scratch:
     gated: torch.Tensor  # [tokens, inner]
     last: torch.Tensor  # [rows, hidden]
     logits: torch.Tensor  # fp32 [rows, vocab]
-    partials: Partials
+    splits: torch.Tensor
+    """Results of attention over splits of the keys, however many rows and splits share it.  # fp32 [any]"""
 
     @staticmethod
-    def empty(weights: DecoderWeights, tokens: int, rows: int, split_tokens: int, splits: int) -> Scratch:
-        """Memory for so many tokens and rows of logits, and for splits of the keys of so many tokens."""
+    def empty(weights: DecoderWeights, tokens: int, rows: int, split_bytes: int) -> Scratch:
+        """Memory for so many tokens, rows of logits, and bytes of attention over splits of the keys."""
         like = weights.embedding
         width = like.shape[1]
 
@@ -53,14 +54,28 @@ class Scratch:
             gated=room(tokens, weights.inner),
             last=room(rows, width),
             logits=torch.empty(rows, weights.head.shape[0], dtype=torch.float32, device=like.device),
-            partials=Partials.empty(split_tokens, weights.heads, splits, weights.head_dim, like.device),
+            splits=torch.empty(split_bytes // 4, dtype=torch.float32, device=like.device),
         )
+
+    def partials(self, weights: DecoderWeights, tokens: int, splits: int) -> Partials | None:
+        """Room for the splits of as many of `tokens` rows as fit; None if there is one split only."""
+        if splits <= 1:
+            return None
+        rows = min(tokens, self.splits.nbytes // split_bytes(weights, splits))
+        each = rows * weights.heads * splits
+        out, lse = self.splits[: each * weights.head_dim], self.splits[each * weights.head_dim :][:each]
+        return Partials(out.view(rows, weights.heads, splits, -1), lse.view(rows, weights.heads, splits))
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
         rows = (self.hidden, self.normed, self.qkv, self.attended, self.both, self.gated, self.last, self.logits)
-        return sum(t.nbytes for t in (*rows, self.partials.out, self.partials.lse))
+        return sum(t.nbytes for t in (*rows, self.splits))
+
+
+def split_bytes(weights: DecoderWeights, splits: int) -> int:
+    """What the splits of one row's keys take."""
+    return weights.heads * splits * (weights.head_dim + 1) * 4
 
 
 class Decoder:
@@ -102,7 +117,7 @@ class Decoder:
         torch.index_select(hidden, 0, wanted, out=last)
         rms_norm(last, weights.norm, weights.epsilon, last, overlap=self._overlap)
         logits = scratch.logits[:num_rows]
-        tile = tile_for(min(num_rows, 64), *weights.head.shape)
+        tile = tile_for(min(num_rows, SOME), weights.head.shape[0], last.shape[1], last.element_size())
         assert tile is not None
         product(last, weights.head, tile, out=logits, overlap=self._overlap)
         return logits, last
@@ -139,7 +154,7 @@ class Decoder:
             scale=layer.scale,
             window=layer.window,
             out=scratch.attended[:count],
-            partials=scratch.partials,
+            partials=scratch.partials(w, count, batch.splits),
             overlap=self._overlap,
         )
         self._product(attended.flatten(1), layer.o, hidden, residual=hidden)
@@ -148,7 +163,7 @@ class Decoder:
         w, count = self.weights, len(hidden)
         x = rms_norm(hidden, layer.mlp_norm, w.epsilon, scratch.normed[:count], overlap=self._overlap)
         gated = scratch.gated[:count]
-        tile = tile_for(count, w.inner, x.shape[1])
+        tile = tile_for(count, w.inner, x.shape[1], x.element_size())
         if tile is None:
             apply_gate(torch.mm(x, layer.gate_up.T, out=scratch.both[:count]), gated, overlap=self._overlap)
         else:
@@ -163,7 +178,7 @@ class Decoder:
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        tile = tile_for(len(x), *weight.shape)
+        tile = tile_for(len(x), weight.shape[0], x.shape[1], x.element_size())
         if tile is not None:
             return product(x, weight, tile, bias=bias, residual=residual, out=out, overlap=self._overlap)
         if residual is not None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from triton.errors import TritonError
 
 from paceline.arrays import IntArray
 from paceline.cache.paged_kv import PagedKV
 from paceline.engine.types import NO_LAW
 from paceline.model.gpu.buckets import Bucket, Buckets
-from paceline.model.gpu.decoder import Decoder, Scratch
+from paceline.model.gpu.decoder import Decoder, Scratch, split_bytes
 from paceline.model.gpu.weights import fuse_weights
 from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, SPLIT_KEYS
 from paceline.model.kernels.draw import Places, draw_rows
@@ -71,16 +73,16 @@ class GraphRunner:
         self._decoder = Decoder(self._weights, kv, overlap=overlap)
         self._kv = kv
         self._buckets = buckets
-        self._eager = eager or not cuda
+        self.eager = eager or not cuda
+        """Whether kernels are launched one by one."""
         w = self._weights
-        per_token = w.heads * buckets.most_splits * (w.head_dim + 1) * 4
-        split_tokens = max(1, min(max(buckets.sizes()), _MOST_PARTIALS // per_token))
         most = max(buckets.sizes())
-        self._scratch = Scratch.empty(w, most, most, split_tokens, buckets.most_splits)
-        self._drawn = torch.empty(most, dtype=torch.int32, pin_memory=cuda)
+        needed = most * split_bytes(w, buckets.most_splits)
+        self._scratch = Scratch.empty(w, most, min(most, buckets.max_rows), min(needed, _MOST_PARTIALS))
+        self._drawn = torch.empty(min(most, buckets.max_rows), dtype=torch.int32, pin_memory=cuda)
         self._captured: dict[Bucket, _Captured] = {}
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if cuda and not self._eager else None
+        self._pool = torch.cuda.graph_pool_handle() if cuda and not self.eager else None
 
     @property
     def num_bytes(self) -> int:
@@ -90,12 +92,13 @@ class GraphRunner:
     @torch.inference_mode()
     def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """Capture the common buckets."""
-        if self._eager:
+        if self.eager:
             return
-        wanted = list(self._buckets.first())
-        for done, bucket in enumerate(wanted, start=1):
-            self._of(bucket)
-            on_progress(done, len(wanted))
+        wanted = [bucket for bucket in self._buckets.first() if self._fits(bucket, bucket.tokens)]
+        with self._on_device():
+            for done, bucket in enumerate(wanted, start=1):
+                self._of(bucket)
+                on_progress(done, len(wanted))
 
     def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the batch and write its KV.
@@ -117,25 +120,38 @@ class GraphRunner:
         """
         rows = len(batch.logit_rows)
         outputs = self._run(batch, draws)
-        drawn = outputs.drawn[:rows]
-        host = self._drawn[:rows]
-        host.copy_(drawn, non_blocking=True)
-        if self._device.type == "cuda":
+        drawn, host = outputs.drawn[:rows], self._drawn[:rows]
+        if len(host) < rows:
+            host = drawn.cpu()
+        elif self._device.type == "cuda":
+            host.copy_(drawn, non_blocking=True)
             torch.cuda.current_stream(self._device).synchronize()
+        else:
+            host = drawn
         return outputs.logits[:rows], host.numpy().astype(np.int64)
 
     def _run(self, batch: ForwardBatch, draws: RowDraws | None) -> _Outputs:
         step = _Step(batch, draws)
         bucket = self._buckets.find(step.new, len(batch.logit_rows), step.longest, step.tree_width)
-        if bucket is None:
-            return self._too_large(step)
-        captured = self._of(bucket)
-        step.fill(captured.buffers)
-        if captured.graph is None:
-            return self._launch(captured.buffers, self._scratch)
-        captured.graph.replay()
-        assert captured.outputs is not None
-        return captured.outputs
+        with self._on_device():
+            if bucket is None or not self._fits(bucket, step.num_decoding):
+                return self._too_large(step)
+            captured = self._of(bucket)
+            step.fill(captured.buffers, self._kv.block_size)
+            if captured.graph is None:
+                return self._launch(captured.buffers, self._scratch)
+            captured.graph.replay()
+            assert captured.outputs is not None
+            return captured.outputs
+
+    def _fits(self, bucket: Bucket, num_decoding: int) -> bool:
+        """Whether the scratch has room for a step of this bucket with so many rows in decode tiles."""
+        splits = num_decoding * split_bytes(self._weights, bucket.splits) if bucket.splits > 1 else 0
+        return bucket.rows <= len(self._scratch.logits) and splits <= self._scratch.splits.nbytes
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the thread's current device."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _launch(self, buffers: BatchBuffers, scratch: Scratch) -> _Outputs:
         extra = buffers.extra
@@ -149,7 +165,7 @@ class GraphRunner:
         found = self._captured.get(bucket)
         if found is None:
             found = self._captured[bucket] = _Captured(BatchBuffers(self._shape(bucket), self._device))
-            if not self._eager:
+            if not self.eager:
                 self._capture(found)
         return found
 
@@ -162,9 +178,9 @@ class GraphRunner:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                     outputs = self._launch(captured.buffers, self._scratch)
             torch.cuda.synchronize(self._device)
-        except RuntimeError:
+        except (RuntimeError, TritonError):
             logger.warning("a CUDA graph could not be captured; kernels are launched one by one", exc_info=True)
-            self._eager = True
+            self.eager = True
             return
         captured.graph, captured.outputs = graph, outputs
 
@@ -194,10 +210,11 @@ class GraphRunner:
         count, rows = sum(step.new), len(step.wanted)
         words = -(-step.tree_width // 64)
         splits = max(1, -(-step.longest // SPLIT_KEYS))
-        bucket = Bucket(count, len(step.new), rows, splits, words, max(step.new) >= CHUNK_FROM)
+        bucket = Bucket(count, len(step.new), max(rows, 1), splits, words, max(step.new) >= CHUNK_FROM)
         buffers = BatchBuffers(self._shape(bucket), self._device)
-        step.fill(buffers)
-        return self._launch(buffers, Scratch.empty(self._weights, count, rows, count, splits))
+        step.fill(buffers, self._kv.block_size)
+        room = step.num_decoding * split_bytes(self._weights, splits)
+        return self._launch(buffers, Scratch.empty(self._weights, count, max(rows, 1), room))
 
 
 class _Step:
@@ -221,10 +238,11 @@ class _Step:
         self.longest = max(
             (s.context_len + n for s, n in zip(sequences, new, strict=True) if n < CHUNK_FROM), default=1
         )
+        self.num_decoding = sum(n for n in new if n < CHUNK_FROM)
         self.trees = [None if s.visible is None else _tree(s) for s in sequences]
         self.tree_width = max((t.visible.shape[1] for t in self.trees if t is not None), default=0)
 
-    def fill(self, buffers: BatchBuffers) -> None:
+    def fill(self, buffers: BatchBuffers, block_size: int) -> None:
         """Describe the step to the device."""
         sequences = self.sequences
         tokens = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
@@ -235,7 +253,7 @@ class _Step:
         buffers.fill(
             self.new,
             [s.context_len for s in sequences],
-            [s.blocks for s in sequences],
+            [s.blocks[: -(-(s.context_len + n) // block_size)] for s, n in zip(sequences, self.new, strict=True)],
             sequences[0].positions if single else np.concatenate([s.positions for s in sequences]),
             self.trees,
             extra=extra,

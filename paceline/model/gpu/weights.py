@@ -52,7 +52,10 @@ def is_llama_like(model: Any) -> bool:
     config: Any = model.config
     if getattr(config, "model_type", None) not in _FAMILIES or config.hidden_act != "silu":
         return False
-    if config.rope_parameters.get("rope_type") not in _ROTARY:
+    rotary = config.rope_parameters
+    if rotary.get("rope_type") not in _ROTARY or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        return False
+    if type(model.get_input_embeddings()) is not torch.nn.Embedding:
         return False
     layers = list(model.model.layers)
     linears = [linear for layer in layers for linear in _linears(layer)]
@@ -61,7 +64,8 @@ def is_llama_like(model: Any) -> bool:
         return False
     biased = any(module.bias is not None for layer in layers for module in _linears(layer)[3:])
     head_dim = layers[0].self_attn.head_dim
-    return not biased and head.bias is None and head_dim >= _LEAST_HEAD and not head_dim & (head_dim - 1)
+    contiguous = all(module.weight.is_contiguous() for module in (*linears, head))
+    return contiguous and not biased and head.bias is None and head_dim >= _LEAST_HEAD and not head_dim & (head_dim - 1)
 
 
 def _linears(layer: Any) -> list[Any]:
