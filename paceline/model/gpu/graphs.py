@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _OVERLAP_FROM = (9, 0)
 """Compute capability from which kernels may begin while the ones before them end."""
+_BEYOND = 1024
+"""Positions that draft nodes may take behind the longest sequence."""
 _MOST_PARTIALS = 256 << 20
-"""Bytes for attention over split keys; beyond it memory is taken for a step."""
+"""Bytes kept for attention over split keys; a step that needs more takes its own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +71,7 @@ class GraphRunner:
         self._device = kv.slots.device
         cuda = self._device.type == "cuda"
         overlap = cuda and torch.cuda.get_device_capability(self._device) >= _OVERLAP_FROM
-        self._weights = fuse_weights(model, buckets.max_model_len)
+        self._weights = fuse_weights(model, buckets.max_model_len + _BEYOND)
         self._decoder = Decoder(self._weights, kv, overlap=overlap)
         self._kv = kv
         self._buckets = buckets
