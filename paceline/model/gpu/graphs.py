@@ -194,7 +194,7 @@ class GraphRunner:
         return BatchShape(
             max_tokens=bucket.tokens,
             max_seqs=bucket.seqs,
-            max_blocks=-(-self._buckets.max_model_len // size),
+            max_blocks=-(-(self._buckets.max_model_len + _BEYOND) // size),
             block_size=size,
             groups=groups,
             tree_words=bucket.tree_words,
