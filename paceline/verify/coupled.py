@@ -8,7 +8,7 @@ are sampled. At temperature 0 it is argmax-match.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -32,17 +32,9 @@ class CoupledRule:
         """Walk from the root along the target's own samples while the tree holds them."""
         if not len(tree):
             return Walk((), (draw_target(law(ROOT, []), noise, position, vocab_size),))
-        children = tree.children()
-        node = ROOT
-        path: list[int] = []
-        tokens: list[int] = []
-        while True:
-            token = draw_target(law(node, tokens), noise, position + len(tokens), vocab_size)
-            tokens.append(token)
-            node = next((child for child in children[node + 1] if tree.tokens[child] == token), ROOT)
-            if node == ROOT:
-                return Walk(tuple(path), tuple(tokens))
-            path.append(node)
+        return _walk(
+            tree, lambda node, tokens: draw_target(law(node, tokens), noise, position + len(tokens), vocab_size)
+        )
 
 
 def follow(tree: DraftTree, drawn: Sequence[int]) -> Walk:
@@ -51,14 +43,21 @@ def follow(tree: DraftTree, drawn: Sequence[int]) -> Walk:
     Raises:
         PacelineError: the logits of a node on the walk hold no finite value.
     """
-    if len(drawn) == 1 and drawn[0] != NO_LAW:
-        return Walk((), tuple(drawn))
+
+    def sample(node: int, _: Sequence[int]) -> int:
+        if drawn[node + 1] == NO_LAW:
+            raise PacelineError("the model returned logits without a finite maximum.")
+        return drawn[node + 1]
+
+    return _walk(tree, sample) if len(drawn) > 1 else Walk((), (sample(ROOT, ()),))
+
+
+def _walk(tree: DraftTree, sample: Callable[[int, Sequence[int]], int]) -> Walk:
+    """From the root along the target's samples, each given the node and the tokens before it, while the tree holds them."""
     children = tree.children()
     node, path, tokens = ROOT, list[int](), list[int]()
     while True:
-        token = drawn[node + 1]
-        if token == NO_LAW:
-            raise PacelineError("the model returned logits without a finite maximum.")
+        token = sample(node, tokens)
         tokens.append(token)
         node = next((child for child in children[node + 1] if tree.tokens[child] == token), ROOT)
         if node == ROOT:

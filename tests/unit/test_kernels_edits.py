@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 import numpy as np
 import pytest
 import torch
@@ -28,11 +26,6 @@ PENALTIES = (
     SamplingParams(logit_bias={2: 5.0, 0: -100.0, 6: 0.1}, top_k=4),
     SamplingParams(min_tokens=99, repetition_penalty=0.7, top_p=0.8),
     SamplingParams(temperature=0.0, logit_bias={1: 3.3}, frequency_penalty=0.1),
-)
-
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not version("triton").startswith("3.6."),
-    reason="interpreters after Triton 3.6 take no scalar as a mask; with 3.6, and on a GPU, these run",
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -35,11 +34,6 @@ OPTIONS = (
     SamplingParams(temperature=1.0),
     SamplingParams(temperature=0.8, top_k=3),
     SamplingParams(temperature=1.3, top_p=0.8),
-)
-
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cpu" and not version("triton").startswith("3.6."),
-    reason="interpreters after Triton 3.6 take no scalar as a mask; with 3.6, and on a GPU, these run",
 )
 
 

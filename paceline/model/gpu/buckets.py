@@ -79,13 +79,13 @@ class Buckets:
         return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
 
     def first(self) -> Iterator[Bucket]:
-        """What is captured before the first request: decoding at all sizes, and reading prompts in full steps."""
+        """What is captured before the first request: decoding at all sizes, with a chain of drafts each, and prompts."""
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
-            if tokens <= 2 * self.max_seqs:
+            if tokens <= max(2 * self.max_seqs, SOME):
                 for splits in {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
-            elif tokens <= self.max_tokens:
+            else:
                 yield Bucket(tokens, seqs, SOME, 1, 0, True)
 
 

@@ -1,4 +1,4 @@
-"""Which tile serves a product: found by trying on an H200 (`benchmarks/gpu/products.py`), by shape alone."""
+"""Which tile serves a product: found by trying on an H200 (`benchmarks/gpu/products.py`), and by shape alone."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _ends_kernel(
     others = alive - tl.sum((x != float("-inf")).to(tl.int32), axis=0)
     # Where a grammar allows only an end, the text ends, however short it is.
     applies = (tl.load(mask_ptr + slot) < 0) | (others > 0)
-    tl.store(at, tl.zeros_like(x) - float("inf"), mask=exists & applies)
+    tl.store(at, tl.zeros_like(x) - float("inf"), mask=tl.where(applies, end, -1) >= 0)
     tl.store(possible_ptr + slot, (alive > 0).to(tl.int8))
 
 

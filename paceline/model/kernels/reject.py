@@ -154,7 +154,7 @@ def _recover_kernel(
                 q = (ids == token).to(tl.float64)
                 if HAS_LAWS:
                     laws = law_ptr + node.to(tl.int64) * law_stride + ids
-                    q = tl.load(laws, mask=rejected & (ids < vocab), other=0.0).to(tl.float64)
+                    q = tl.load(laws, mask=ids < tl.where(rejected, vocab, 0), other=0.0).to(tl.float64)
                 words = noise_tile(start, position, stream, tl.full((), 0, tl.uint64), key0, key1, TILE)
                 times = _times(-tl.log(uniform(words)), p, q)
                 earliest = tl.min(times, axis=0)
