@@ -53,7 +53,7 @@ def follow(tree: DraftTree, drawn: Sequence[int]) -> Walk:
 
 
 def _walk(tree: DraftTree, sample: Callable[[int, Sequence[int]], int]) -> Walk:
-    """From the root along the target's samples, each given the node and the tokens before it, while the tree holds them."""
+    """From the root along the target's samples (of a node, given the tokens before it) while the tree holds them."""
     children = tree.children()
     node, path, tokens = ROOT, list[int](), list[int]()
     while True:

@@ -79,7 +79,7 @@ class Buckets:
         return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
 
     def first(self) -> Iterator[Bucket]:
-        """What is captured before the first request: decoding at all sizes, with a chain of drafts each, and prompts."""
+        """What is captured before the first request: decoding at all sizes, chains of drafts too, and prompts."""
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
             if tokens <= max(2 * self.max_seqs, SOME):

@@ -77,10 +77,9 @@ def load_logits(
     if HAS_EDITS:
         slot = tl.load(slot_ptr + row).to(tl.int64)
         raw_ptrs = raw_ptr + row.to(tl.int64) * raw_stride + ids
-        x = tl.load(raw_ptrs, mask=ids < tl.where(slot < 0, vocab, 0), other=float("-inf")).to(tl.float32)
-        edited = tl.load(
-            edited_ptr + slot * edited_stride + ids, mask=ids < tl.where(slot < 0, 0, vocab), other=float("-inf")
-        )
+        num_edited = tl.where(slot < 0, 0, vocab)  # of the row's logits: none or all
+        x = tl.load(raw_ptrs, mask=ids < vocab - num_edited, other=float("-inf")).to(tl.float32)
+        edited = tl.load(edited_ptr + slot * edited_stride + ids, mask=ids < num_edited, other=float("-inf"))
         x = tl.where(slot < 0, x, edited)
     else:
         x = tl.load(raw_ptr + row.to(tl.int64) * raw_stride + ids, mask=inside, other=float("-inf")).to(tl.float32)
