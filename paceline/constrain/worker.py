@@ -70,6 +70,8 @@ def _answer(compiler: Any, info: Any, kind: str, text: str, log: IO[bytes]) -> b
         message = _readable(str(error))
         if "bad_alloc" in message:
             message = "needs too much memory to compile."
+        if message.startswith("Circular $ref"):
+            message = f"allows text that can never end ({message}). Give every recursion a way out."
         return b"-" + json.dumps([message, None]).encode()
 
 

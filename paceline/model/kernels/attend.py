@@ -69,13 +69,12 @@ def attend(
         out = torch.empty((rows, heads, head_dim), dtype=query.dtype, device=query.device)
     if lse is None and return_lse:
         lse = torch.empty((rows, heads), dtype=torch.float32, device=query.device)
-    if batch.splits > 1:
-        assert partials is not None
-        assert partials.lse.shape[2] >= batch.splits, "the workspace is for fewer splits"
     assert out.is_contiguous()
     assert lse is None or lse.is_contiguous()
-    if partials is None and batch.splits > 1:
-        partials = Partials.empty(rows, heads, batch.splits, head_dim, query.device)
+    if batch.splits > 1:
+        if partials is None:
+            partials = Partials.empty(rows, heads, batch.splits, head_dim, query.device)
+        assert partials.lse.shape[2] >= batch.splits, "the workspace is for fewer splits"
     for tiles in batch.tiles:
         if tiles.seq.shape[0]:
             _launch(query, key_pool, value_pool, batch, tiles, scale, window, softcap, out, lse, partials, overlap)
