@@ -18,6 +18,7 @@ from paceline.arrays import BoolArray
 from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import slots_of
 from paceline.engine.request import Request
+from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
 
 
@@ -29,6 +30,8 @@ class CachedSequence:
     tokens: list[int] = field(default_factory=list)
     confirmed: int = 0
     """Leading tokens known to be committed."""
+    unseen: int = 0
+    """Tokens that `table` leaves out: it is a view of a cache, and what is behind them lies that much further front."""
 
     def follow(self, committed: Sequence[int]) -> None:
         """Drop what disagrees with the committed tokens, and always leave the last one to be fed."""
@@ -112,6 +115,8 @@ class DraftModel:
     ) -> None:
         self.runner = runner
         self.blocks = blocks
+        self.path: ForwardPath | None = None
+        """Of the forwards."""
         self.vocab_size = vocab_size
         self.num_embeddings = int(runner.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self._max_model_len = max_model_len
@@ -163,7 +168,7 @@ class DraftModel:
             starts.append(len(rows))
             flat += len(made.token_ids)
             rows.extend(range(flat - count, flat))
-        batch = ForwardBatch(tuple(inputs), rows)
+        batch = ForwardBatch(tuple(inputs), rows, self.path)
         states = None
         if hidden:
             logits, states = self.runner.forward_with_hidden(batch)
@@ -216,7 +221,7 @@ class DraftModel:
         return SequenceInput(
             [*missing, *scratch.tokens[old:]],
             np.concatenate([np.arange(done, len(committed)), positions]),
-            done + old,
+            done - scratch.sequence.unseen + old,
             scratch.sequence.table,
             scratch.visible(old, len(missing)) if want.nodes else None,
             root + np.array(scratch.depths[:old], dtype=np.int64),

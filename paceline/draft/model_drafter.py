@@ -89,7 +89,7 @@ class ModelDrafter:
         return int(config.hidden_size)
 
     @property
-    def blocks(self) -> BlockManager:
+    def blocks(self) -> BlockManager | None:
         """Of the draft model's cache."""
         return self.model.blocks
 

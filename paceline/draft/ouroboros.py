@@ -159,7 +159,7 @@ class OuroborosDrafter:
         return self.draft.hidden_size
 
     @property
-    def blocks(self) -> BlockManager:
+    def blocks(self) -> BlockManager | None:
         """Of the draft model's cache."""
         return self.draft.blocks
 

@@ -34,8 +34,14 @@ class DrafterEntry:
         """Whether a draft model has to be loaded for it, named by its option `model`."""
         return "runner" in self.needs
 
+    @property
+    def drafts_in_shapes(self) -> bool:
+        """Whether its trees grow in the shape that the engine is told."""
+        return "shape" in self.needs
+
 
 _DRAFT_MODEL = ("runner", "blocks", "vocab_size", "coupled", "shape", "stop_ids", "max_model_len")
+_TARGET = ("target", "vocab_size", "coupled", "shape", "stop_ids")
 DRAFTERS: dict[str, DrafterEntry] = {
     "grammar": DrafterEntry("paceline.draft.grammar:GrammarDrafter", 32, {}),
     "ngram": DrafterEntry("paceline.draft.ngram:NgramDrafter", 16, {"lookup_max": int, "lookup_min": int}),
@@ -48,6 +54,9 @@ DRAFTERS: dict[str, DrafterEntry] = {
         {"model": str, "vocab": str, "guess": create_guesser},
         _DRAFT_MODEL,
         required=("model",),
+    ),
+    "magicdec": DrafterEntry(
+        "paceline.draft.magicdec:MagicDecDrafter", 8, {"budget": int, "select": str, "sinks": int}, _TARGET
     ),
     "ouroboros": DrafterEntry(
         "paceline.draft.ouroboros:OuroborosDrafter",

@@ -18,6 +18,7 @@ from paceline.config import EngineConfig
 from paceline.draft import registry as drafters
 from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
+from paceline.draft.self_model import Target
 from paceline.draft.shapes.base import TreeShape
 from paceline.engine.commit import Committer
 from paceline.engine.engine import Engine, Stages
@@ -66,7 +67,7 @@ def build_engine(
     runner, blocks, max_model_len = _runner(config, loaded, *_wanted_length(config, loaded), on_progress)
     _check_budgets(speculation.spec, max_model_len)
     vocab_size = int(loaded.config.vocab_size)
-    made = _drafters(config, speculation, loaded, vocab_size, on_progress)
+    made = _drafters(config, speculation, loaded, Target(runner, blocks, max_model_len), vocab_size, on_progress)
     policy = _policy(
         speculation, made, lambda: CostModel(cost_table(loaded, runner, blocks, max_model_len, on_progress))
     )
@@ -149,7 +150,7 @@ def _workspace_bytes(loaded: LoadedModel, tokens: int, rows: int, length: int) -
     """What the forward on a GPU takes beside weights and KV, taken high (`model/gpu/graphs.py`)."""
     config: Any = loaded.config
     hidden = int(config.hidden_size)
-    widest = 2 * hidden + 4 * int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    widest = 3 * hidden + 4 * int(getattr(config, "intermediate_size", None) or 4 * hidden)
     rotary = 2 * length * 256 * 4
     return 4 * rows * int(config.vocab_size) + loaded.dtype.itemsize * tokens * widest + rotary + _GRAPH_BYTES
 
@@ -187,6 +188,7 @@ def _drafters(
     config: EngineConfig,
     speculation: Speculation,
     loaded: LoadedModel,
+    target: Target,
     vocab_size: int,
     on_progress: Callable[[str], None],
 ) -> dict[str, Drafter]:
@@ -199,6 +201,7 @@ def _drafters(
             "coupled": speculation.rule.shares_noise,
             "shape": speculation.shape,
             "stop_ids": loaded.eos_token_ids,
+            "target": target,
         }
         if drafters.entry(wanted.name).has_model:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)

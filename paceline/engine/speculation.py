@@ -43,7 +43,7 @@ def check_speculation(config: EngineConfig) -> Speculation:
     rule = create_rule(config.rule)
     tree = parse_tree(config.tree)
     shape = _shape(tree, rule)
-    if tree.branches and not any(drafters.entry(d.name).has_model for d in spec.drafters):
+    if tree.branches and not any(drafters.entry(d.name).drafts_in_shapes for d in spec.drafters):
         raise ConfigError(
             f"{tree.name} is a shape for a draft model, and speculation {config.speculation} has none.",
             field="tree",
@@ -83,7 +83,7 @@ def _rules_of(tree: TreeSpec) -> list[str]:
 
 def _check_stops(spec: SpeculationSpec) -> None:
     """A policy that only ends drafts early needs a draft model, and one whose length is not fixed."""
-    models = [d for d in spec.drafters if drafters.entry(d.name).has_model]
+    models = [d for d in spec.drafters if drafters.entry(d.name).drafts_in_shapes]
     if not spec.drafters or not POLICIES[spec.policy].stops_drafts or any(d.k is None for d in models):
         return
     if models:

@@ -87,6 +87,9 @@ class AttentionMetadata:
     kv: PagedKV
     slots: torch.Tensor  # [num_tokens]
     sequences: tuple[SequenceAttention, ...]
+    block_weights: torch.Tensor | None = None
+    """Where to add up the attention that each block of the (only) sequence gets. The KV of its tokens is in the cache
+    then and is not written again.  # fp32 [blocks]"""
 
 
 def _additive(seen: BoolArray, repeat: int, like: torch.Tensor) -> torch.Tensor:
@@ -112,7 +115,10 @@ def paged_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if sliding_window is None:  # Qwen2-MoE leaves it to the mask, and sets it on its sliding layers only
         sliding_window = getattr(module, "sliding_window", None)
-    paged.kv.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if paged.block_weights is None:
+        paged.kv.write(layer, paged.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    else:
+        _add_block_weights(query[0], layer, paged, scaling)
     outputs = []
     for sequence in paged.sequences:
         keys, values = paged.kv.gather(layer, sequence.blocks, sequence.num_keys)
@@ -155,6 +161,20 @@ def _attend(
     else:
         out = _soft_capped(folded, keys, values, mask, scaling or head_dim**-0.5, softcap)
     return out.reshape(heads, n, head_dim).transpose(0, 1)
+
+
+def _add_block_weights(query: torch.Tensor, layer: int, paged: AttentionMetadata, scaling: float | None) -> None:
+    """Add one layer's attention by block.  query [heads, n, head_dim]"""
+    assert paged.block_weights is not None
+    (sequence,) = paged.sequences
+    keys, _ = paged.kv.gather(layer, sequence.blocks, sequence.num_keys)
+    kv_heads, size = keys.shape[1], paged.kv.block_size
+    folded = query.reshape(kv_heads, -1, query.shape[-1])
+    scores = torch.matmul(folded, keys.permute(1, 2, 0)).float() * (scaling or query.shape[-1] ** -0.5)
+    mask = sequence.mask(None, query.shape[0] // kv_heads, scores)
+    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1).sum(dim=(0, 1))
+    padded = torch.nn.functional.pad(weights, (0, -len(weights) % size))
+    paged.block_weights.add_(padded.view(-1, size).sum(dim=1))
 
 
 def _soft_capped(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import torch
 from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.cache.paged_kv import KVShape, PagedKV, slots_of
 from paceline.model.attention import AttentionMetadata, SequenceAttention
+from paceline.model.partial import PartialModel
+from paceline.model.path import ForwardPath
 from paceline.model.tiled_linear import TiledLinear
 
 if TYPE_CHECKING:
@@ -43,10 +46,11 @@ class SequenceInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardBatch:
-    """All sequences of a forward, and the flat token rows whose logits are wanted."""
+    """All sequences of a forward, and the flat token rows whose logits are wanted; `path` runs part of the model."""
 
     sequences: tuple[SequenceInput, ...]
     logit_rows: Sequence[int]
+    path: ForwardPath | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +104,7 @@ class ModelRunner:
         self.device = device
         self._native = _native(model, kv, device)
         self._graphs = _graphs(model, kv, limits)
+        self._partial: PartialModel | None = None
         self.last_seconds = 0.0
         """Wall time of the last forward."""
         self.num_forwards = 0
@@ -161,19 +166,47 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
             self._count(batch, started)
             return found
-        rows = batch.logit_rows or [0]
-        output = self.model(
-            input_ids=self._tensor([t for s in batch.sequences for t in s.token_ids])[None],
-            position_ids=self._tensor(np.concatenate([s.positions for s in batch.sequences]))[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(rows),
-            paged=self._metadata(batch),
-            **({"output_hidden_states": True} if hidden else {}),
-        )
-        logits: torch.Tensor = output.logits[0, : len(batch.logit_rows)]
+        logits, states = self._through_modules(batch, self._metadata(batch), hidden=hidden)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._count(batch, started)
+        return logits, states
+
+    @torch.inference_mode()
+    def attention_to_blocks(self, sequence: SequenceInput) -> FloatArray:
+        """How much tokens whose KV is in the cache already attend to each block of their table, over all layers.
+
+        Nothing is written: it is the attention that these tokens paid when they were computed.
+
+        Args:
+            sequence: computed tokens as if they were new, in causal order.
+
+        Returns:
+            Attention weights summed over tokens, heads and layers.  # [blocks that hold the sequence]
+        """
+        batch = ForwardBatch((sequence,), [])
+        metadata = self._metadata(batch)
+        weights = torch.zeros(len(metadata.sequences[0].blocks), dtype=torch.float32, device=self.device)
+        self._through_modules(batch, replace(metadata, block_weights=weights), hidden=False)
+        return weights.double().cpu().numpy()
+
+    def _through_modules(
+        self, batch: ForwardBatch, metadata: AttentionMetadata, *, hidden: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward of the model's own code."""
+        rows = batch.logit_rows or [0]
+        if batch.path is not None and self._partial is None:
+            self._partial = PartialModel(self.model)
+        with nullcontext() if self._partial is None else self._partial.along(batch.path):
+            output = self.model(
+                input_ids=self._tensor([t for s in batch.sequences for t in s.token_ids])[None],
+                position_ids=self._tensor(np.concatenate([s.positions for s in batch.sequences]))[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(rows),
+                paged=metadata,
+                **({"output_hidden_states": True} if hidden else {}),
+            )
+        logits: torch.Tensor = output.logits[0, : len(batch.logit_rows)]
         return logits, output.hidden_states[-1][0, self._tensor(rows)] if hidden else None
 
     def _count(self, batch: ForwardBatch, started: float) -> None:

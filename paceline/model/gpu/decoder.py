@@ -18,6 +18,7 @@ from paceline.model.kernels.gate import apply_gate
 from paceline.model.kernels.kv_write import rope_write_kv
 from paceline.model.kernels.norms import rms_norm
 from paceline.model.kernels.products import product
+from paceline.model.path import ForwardPath
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,7 @@ class Scratch:
     attended: torch.Tensor  # [tokens, heads, head_dim]
     both: torch.Tensor  # [tokens, 2 * inner]
     gated: torch.Tensor  # [tokens, inner]
+    entry: torch.Tensor  # [tokens, hidden], where a group of layers enters
     last: torch.Tensor  # [rows, hidden]
     logits: torch.Tensor  # fp32 [rows, vocab]
     splits: torch.Tensor
@@ -52,6 +54,7 @@ class Scratch:
             attended=room(tokens, weights.heads, weights.head_dim),
             both=room(tokens, 2 * weights.inner),
             gated=room(tokens, weights.inner),
+            entry=room(tokens, width),
             last=room(rows, width),
             logits=torch.empty(rows, weights.head.shape[0], dtype=torch.float32, device=like.device),
             splits=torch.empty(split_bytes // 4, dtype=torch.float32, device=like.device),
@@ -69,8 +72,8 @@ class Scratch:
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        rows = (self.hidden, self.normed, self.qkv, self.attended, self.both, self.gated, self.last, self.logits)
-        return sum(t.nbytes for t in (*rows, self.splits))
+        rows = (self.hidden, self.normed, self.qkv, self.attended, self.both, self.gated, self.entry, self.last)
+        return sum(t.nbytes for t in (*rows, self.logits, self.splits))
 
 
 def split_bytes(weights: DecoderWeights, splits: int) -> int:
@@ -91,9 +94,15 @@ class Decoder:
         self.weights = weights
         self._kv = kv
         self._overlap = overlap
+        self._whole = tuple((number,) for number in range(len(weights.layers)))
 
     def run(
-        self, tokens: torch.Tensor, batch: AttentionBatch, wanted: torch.Tensor, scratch: Scratch
+        self,
+        tokens: torch.Tensor,
+        batch: AttentionBatch,
+        wanted: torch.Tensor,
+        scratch: Scratch,
+        path: ForwardPath | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the batch and write its KV.
 
@@ -102,6 +111,7 @@ class Decoder:
             batch: who sees what.
             wanted: flat rows whose logits are asked for.  # int64 [R]
             scratch: large enough.
+            path: the layers that run; None: all of them.
 
         Returns:
             Logits and last hidden states (after the final norm) of the wanted rows, parts of the scratch.
@@ -110,9 +120,11 @@ class Decoder:
         num_tokens, num_rows = len(tokens), len(wanted)
         weights, hidden = self.weights, scratch.hidden[:num_tokens]
         torch.index_select(weights.embedding, 0, tokens, out=hidden)
-        for number, layer in enumerate(weights.layers):
-            self._attention(number, layer, hidden, batch, scratch)
-            self._mlp(layer, hidden, scratch)
+        for group in self._whole if path is None else path.groups:
+            entry = hidden if len(group) == 1 else scratch.entry[:num_tokens].copy_(hidden)
+            for number in group:
+                self._attention(number, entry, hidden, batch, scratch)
+                self._mlp(weights.layers[number], hidden, scratch)
         last = scratch.last[:num_rows]
         torch.index_select(hidden, 0, wanted, out=last)
         rms_norm(last, weights.norm, weights.epsilon, last, overlap=self._overlap)
@@ -123,10 +135,11 @@ class Decoder:
         return logits, last
 
     def _attention(
-        self, number: int, layer: LayerWeights, hidden: torch.Tensor, batch: AttentionBatch, scratch: Scratch
+        self, number: int, entry: torch.Tensor, hidden: torch.Tensor, batch: AttentionBatch, scratch: Scratch
     ) -> None:
         w, count = self.weights, len(hidden)
-        x = rms_norm(hidden, layer.input_norm, w.epsilon, scratch.normed[:count], overlap=self._overlap)
+        layer = w.layers[number]
+        x = rms_norm(entry, layer.input_norm, w.epsilon, scratch.normed[:count], overlap=self._overlap)
         qkv = self._product(x, layer.qkv, scratch.qkv[:count], bias=layer.qkv_bias)
         if layer.head_norms is not None:
             rms_norm(qkv, layer.head_norms, w.epsilon, qkv, overlap=self._overlap)

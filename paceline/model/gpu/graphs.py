@@ -26,6 +26,7 @@ from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, SPLIT_KEYS
 from paceline.model.kernels.draw import Places, draw_rows
 from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
 from paceline.model.kernels.rows import LogitRows
+from paceline.model.path import ForwardPath
 
 if TYPE_CHECKING:
     from paceline.model.runner import ForwardBatch, RowDraws
@@ -82,7 +83,7 @@ class GraphRunner:
         needed = most * split_bytes(w, buckets.most_splits)
         self._scratch = Scratch.empty(w, most, min(most, buckets.max_rows), min(needed, _MOST_PARTIALS))
         self._drawn = torch.empty(min(most, buckets.max_rows), dtype=torch.int32, pin_memory=cuda)
-        self._captured: dict[Bucket, _Captured] = {}
+        self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if cuda and not self.eager else None
 
@@ -99,7 +100,7 @@ class GraphRunner:
         wanted = [bucket for bucket in self._buckets.first() if self._fits(bucket, bucket.tokens)]
         with self._on_device():
             for done, bucket in enumerate(wanted, start=1):
-                self._of(bucket)
+                self._of(bucket, None)
                 on_progress(done, len(wanted))
 
     def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,11 +138,11 @@ class GraphRunner:
         bucket = self._buckets.find(step.new, len(batch.logit_rows), step.longest, step.tree_width)
         with self._on_device():
             if bucket is None or not self._fits(bucket, step.num_decoding):
-                return self._too_large(step)
-            captured = self._of(bucket)
+                return self._too_large(step, batch.path)
+            captured = self._of(bucket, batch.path)
             step.fill(captured.buffers, self._kv.block_size)
             if captured.graph is None:
-                return self._launch(captured.buffers, self._scratch)
+                return self._launch(captured.buffers, self._scratch, batch.path)
             captured.graph.replay()
             assert captured.outputs is not None
             return captured.outputs
@@ -155,30 +156,30 @@ class GraphRunner:
         """Triton launches on the thread's current device."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _launch(self, buffers: BatchBuffers, scratch: Scratch) -> _Outputs:
+    def _launch(self, buffers: BatchBuffers, scratch: Scratch, path: ForwardPath | None) -> _Outputs:
         extra = buffers.extra
-        logits, hidden = self._decoder.run(extra["token_ids"], buffers.batch, extra["logit_rows"], scratch)
+        logits, hidden = self._decoder.run(extra["token_ids"], buffers.batch, extra["logit_rows"], scratch, path)
         places = Places(extra["seed"], extra["sample_index"], extra["position"])
         temperature = extra["temperature"].view(torch.float32)[: len(logits)]
         found = draw_rows(LogitRows(logits), places, temperature)
         return _Outputs(logits, hidden, torch.where(found.finite, found.token, NO_LAW))
 
-    def _of(self, bucket: Bucket) -> _Captured:
-        found = self._captured.get(bucket)
+    def _of(self, bucket: Bucket, path: ForwardPath | None) -> _Captured:
+        found = self._captured.get((bucket, path))
         if found is None:
-            found = self._captured[bucket] = _Captured(BatchBuffers(self._shape(bucket), self._device))
+            found = self._captured[bucket, path] = _Captured(BatchBuffers(self._shape(bucket), self._device))
             if not self.eager:
-                self._capture(found)
+                self._capture(found, path)
         return found
 
-    def _capture(self, captured: _Captured) -> None:
+    def _capture(self, captured: _Captured, path: ForwardPath | None) -> None:
         try:
             with torch.cuda.stream(self._stream):
-                self._launch(captured.buffers, self._scratch)  # compiles what is not compiled yet
+                self._launch(captured.buffers, self._scratch, path)  # compiles what is not compiled yet
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                    outputs = self._launch(captured.buffers, self._scratch)
+                    outputs = self._launch(captured.buffers, self._scratch, path)
             torch.cuda.synchronize(self._device)
         except (RuntimeError, TritonError):
             logger.warning("a CUDA graph could not be captured; kernels are launched one by one", exc_info=True)
@@ -207,7 +208,7 @@ class GraphRunner:
             ),
         )
 
-    def _too_large(self, step: _Step) -> _Outputs:
+    def _too_large(self, step: _Step, path: ForwardPath | None) -> _Outputs:
         """A batch beyond every bucket runs with memory of its own."""
         count, rows = sum(step.new), len(step.wanted)
         words = -(-step.tree_width // 64)
@@ -216,7 +217,7 @@ class GraphRunner:
         buffers = BatchBuffers(self._shape(bucket), self._device)
         step.fill(buffers, self._kv.block_size)
         room = step.num_decoding * split_bytes(self._weights, splits)
-        return self._launch(buffers, Scratch.empty(self._weights, count, max(rows, 1), room))
+        return self._launch(buffers, Scratch.empty(self._weights, count, max(rows, 1), room), path)
 
 
 class _Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from paceline.model.head_subset import SubsetHead
 from paceline.model.native.attention import GROUP, WAVE
 from paceline.model.native.attention_kernels import TOGETHER
 from paceline.model.native.compiling import announced
-from paceline.model.native.forward import ARGUMENTS, forward_address
+from paceline.model.native.forward import ALONE, ARGUMENTS, FIRST_OF_GROUP, LATER_OF_GROUP, forward_address
 from paceline.model.native.linear import described
 from paceline.model.native.packed import WORDS, pack
 from paceline.model.native.team import team
@@ -22,6 +23,7 @@ from paceline.model.tiled_linear import LANES, TiledLinear
 
 if TYPE_CHECKING:
     from paceline.cache.paged_kv import PagedKV
+    from paceline.model.path import ForwardPath
     from paceline.model.runner import ForwardBatch
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
@@ -97,6 +99,7 @@ class NativeDecoder:
         self._group = self._queries // attention[0].k_proj.out_features
         self._cosines = self._sines = np.empty((0, 0), np.float32)
         self._scratch: dict[str, np.ndarray] = {}
+        self._paths: dict[ForwardPath | None, np.ndarray] = {None: _steps([(i,) for i in range(len(layers))])}
 
     def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the batch and write its KV.
@@ -108,8 +111,9 @@ class NativeDecoder:
         wanted = np.asarray(batch.logit_rows, dtype=np.int64)
         ids = np.array([t for s in batch.sequences for t in s.token_ids], dtype=np.int64)
         self._rotary(int(rows.positions.max()) + 1)
+        steps = self._path(batch.path)
         if len(ids) <= _ROWS:
-            logits, hidden = self._part(rows, slice(0, len(ids)), ids, wanted)
+            logits, hidden = self._part(rows, slice(0, len(ids)), ids, wanted, steps)
             return self._all_tokens(logits[:, : self._head.out_features]), hidden
         logits = torch.empty(len(wanted), self._head.tiles * LANES)
         hidden = torch.empty(len(wanted), self._width)
@@ -117,7 +121,7 @@ class NativeDecoder:
             part = slice(start, min(start + _ROWS, len(ids)))
             here = np.flatnonzero((wanted >= part.start) & (wanted < part.stop))
             at = torch.from_numpy(here)
-            logits[at], hidden[at] = self._part(rows, part, ids[part], wanted[here] - part.start)
+            logits[at], hidden[at] = self._part(rows, part, ids[part], wanted[here] - part.start, steps)
         return self._all_tokens(logits[:, : self._head.out_features]), hidden
 
     def _all_tokens(self, logits: torch.Tensor) -> torch.Tensor:
@@ -127,7 +131,15 @@ class NativeDecoder:
         every = torch.full((len(logits), self._vocab_size), float("-inf"))
         return every.index_copy_(1, self._known, logits)
 
-    def _part(self, rows: _Rows, part: slice, ids: np.ndarray, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _path(self, path: ForwardPath | None) -> np.ndarray:
+        if path not in self._paths:
+            assert path is not None
+            self._paths[path] = _steps(path.groups)
+        return self._paths[path]
+
+    def _part(
+        self, rows: _Rows, part: slice, ids: np.ndarray, wanted: np.ndarray, steps: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         count = len(ids)
         widest = max(self._width, self._inner, self._queries)
         h = self._embedded(ids)
@@ -145,6 +157,7 @@ class NativeDecoder:
         logits = torch.empty(len(wanted), self._head.tiles * LANES)
         hidden = torch.empty(len(wanted), self._width)
         visible_at = rows.visible_at[part.start : part.stop + 1]
+        entering = count * self._width if steps[:, 1].any() else 0
         arguments = (
             self._weights,
             self._norms,
@@ -176,6 +189,8 @@ class NativeDecoder:
             np.empty((count, -(-rows.tail // TOGETHER) * TOGETHER), np.int64),
             hidden.numpy(),
             logits.numpy(),
+            steps,
+            self._room("entry", entering).reshape(-1, self._width),
         )
         pack(arguments, self._words)
         team().run(self._forward, self._words)
@@ -236,6 +251,16 @@ class _Rows:
         self.visible = np.concatenate(visible) if visible else _NONE_VISIBLE
         if visible:
             np.cumsum(self.visible_at, out=self.visible_at)
+
+
+def _steps(groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """A path as the native forward reads it.  # [P, 2]"""
+    steps = []
+    for group in groups:
+        for place, layer in enumerate(group):
+            later = LATER_OF_GROUP if place else FIRST_OF_GROUP
+            steps.append((layer, ALONE if len(group) == 1 else later))
+    return np.array(steps, dtype=np.int64)
 
 
 _NONE_VISIBLE = np.zeros(0, dtype=np.bool_)

@@ -19,6 +19,8 @@ from paceline.model.native.tiles import BLOCK
 QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN = range(7)
 """Matrices of a layer, in the order of the table of weights."""
 MATRICES = 7
+ALONE, FIRST_OF_GROUP, LATER_OF_GROUP = range(3)
+"""How a layer enters (`model/path.py`)."""
 
 
 def part(thread: int, threads: int, place: int, words: Any) -> None:
@@ -58,10 +60,12 @@ def part(thread: int, threads: int, place: int, words: Any) -> None:
         array2(words, 27, np.int64),
         array2(words, 28, np.float32),
         array2(words, 29, np.float32),
+        array2(words, 30, np.int64),
+        array2(words, 31, np.float32),
     )
 
 
-ARGUMENTS = 30
+ARGUMENTS = 32
 """Of `forward` beside the first three."""
 
 
@@ -106,6 +110,8 @@ def forward(
     tails: np.ndarray,
     hidden: np.ndarray,
     logits: np.ndarray,
+    path: np.ndarray,
+    entry: np.ndarray,
 ) -> None:
     """Run one thread's part.
 
@@ -143,6 +149,8 @@ def forward(
         tails: scratch.  # int64 [M, what a row may see beside its group's common keys, rounded up]
         hidden: last hidden states of the wanted rows.  # [R, D]
         logits: their logits.  # [R, V, filled up to a multiple of 16]
+        path: the layers that run, and how each enters: `ALONE`, `FIRST_OF_GROUP` or `LATER_OF_GROUP`.  # [P, 2]
+        entry: scratch, the state at which a group enters, if there are groups.  # [M or 0, D]
     """
     rows, width = h.shape
     layers, kv_heads, size = kv.shape[0], kv.shape[3], kv.shape[4]
@@ -151,10 +159,14 @@ def forward(
     met, call = 0, np.empty(CALL, np.int64)
     if thread == 0:
         arrange(seen, visible, visible_at, keys, keys_at, groups, counts, tails)
-    for layer in range(layers):
+    for at in range(len(path)):
+        layer, enters = path[at, 0], path[at, 1]
         matrices = weights[MATRICES * layer : MATRICES * (layer + 1)]
         for r in range(thread, rows, threads):
-            _normed(h[r], norms[2 * layer], epsilon, x[r], sums, rounded, scales, r)
+            if enters == FIRST_OF_GROUP:
+                entry[r] = h[r]
+            source = entry[r] if enters == LATER_OF_GROUP else h[r]
+            _normed(source, norms[2 * layer], epsilon, x[r], sums, rounded, scales, r)
         met = meet(place, threads, met)
         multiply_part(matrices[QUERY], x, sums, rounded, scales, qkv, 0, False, thread, threads, call)
         multiply_part(matrices[KEY], x, sums, rounded, scales, qkv, key_at, False, thread, threads, call)
@@ -164,10 +176,10 @@ def forward(
             if len(biases):
                 for i in range(qkv.shape[1]):
                     qkv[r, i] += biases[layer, i]
-            for at in range(0, value_at, size):
-                one = qkv[r, at : at + size]
+            for start in range(0, value_at, size):
+                one = qkv[r, start : start + size]
                 if len(head_norms):
-                    rms_norm(one, head_norms[2 * layer + (at >= key_at)], epsilon, one)
+                    rms_norm(one, head_norms[2 * layer + (start >= key_at)], epsilon, one)
                 rotate(one, cosines[positions[r]], sines[positions[r]])
             kv[layer, 0, slots[r]] = qkv[r, key_at:value_at].reshape(kv_heads, size)
             kv[layer, 1, slots[r]] = qkv[r, value_at:].reshape(kv_heads, size)

@@ -1,0 +1,161 @@
+"""MagicDec (2408.11049): the target drafts for itself and reads a small part of its own KV cache.
+
+At long contexts, and in large batches, reading keys and values takes most of a forward, so one over a few hundred
+tokens of the context costs a fraction of the target's, and there is no second model to hold. Verification reads all.
+
+Options: `budget` (tokens read; without it the best of a few is chosen from measured acceptance and times, for each
+size of context), `select` (`recent`: sinks and latest; `query`: what the latest tokens attend to; `random`: a control)
+and `sinks`.
+
+The published code drafts greedily and keeps a draft cache; here any acceptance rule, tree shape and temperature works,
+and there is no draft cache: drafts read the target's own blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from paceline.draft.base import DraftContext, Proposal
+from paceline.draft.kv_budget import Budgets
+from paceline.draft.kv_views import SINKS, QueryBlocks, RandomBlocks, SinkWindow
+from paceline.draft.self_drafter import SelfDrafter
+from paceline.draft.self_model import KvView, Target
+from paceline.draft.shapes.base import TreeShape
+from paceline.engine.request import Request
+from paceline.engine.types import Observation
+from paceline.errors import SpeculationSpecError
+
+_BUDGETS = (256, 512, 1024)
+_SELECTS = ("recent", "query", "random")
+_LEAST = 4
+"""A budget is worth trying where the context is so many times as long."""
+_LONGEST = 8
+"""Draft length up to which budgets are compared."""
+
+
+class MagicDecDrafter(SelfDrafter):
+    """The drafter.
+
+    Args:
+        target: the model.
+        vocab_size: of the target.
+        coupled: see `ModelDrafter`.
+        shape: how trees grow.
+        stop_ids: the target's end tokens.
+        budget: tokens read; None: chosen.
+        select: which ones; None: chosen, too, or `recent` with a budget.
+        sinks: tokens at the start that are always read.
+
+    Raises:
+        SpeculationSpecError: an unknown `select`, a budget without room, or a model with sliding windows.
+    """
+
+    name = "magicdec"
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        vocab_size: int,
+        coupled: bool,
+        shape: TreeShape,
+        stop_ids: Sequence[int],
+        budget: int | None = None,
+        select: str | None = None,
+        sinks: int = SINKS,
+    ) -> None:
+        if target.has_windows:
+            raise SpeculationSpecError(
+                "magicdec needs a model that attends to its whole context; this one has sliding windows.",
+                field="speculation",
+                fix="Choose another drafter for it.",
+            )
+        self._target = target
+        selects = (select or "recent",) if budget is not None or select is not None else ("recent", "query")
+        self._budgets = (budget,) if budget is not None else _BUDGETS
+        self._views = {f"{s} {b}": (_view(s, b, sinks, target), b) for s in selects for b in self._budgets}
+        super().__init__(
+            target,
+            vocab_size=vocab_size,
+            coupled=coupled,
+            shape=shape,
+            stop_ids=stop_ids,
+            view=next(iter(self._views.values()))[0],
+        )
+        self.least_tokens = 0 if budget is not None else _LEAST * min(_BUDGETS)
+        self._known: dict[int, Budgets] = {}  # by logarithm of the mean context
+        self._rounds: dict[Request, tuple[Budgets, int, tuple[int, ...]]] = {}
+
+    def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
+        """Drafts of all requests over the same kind of view."""
+        target_seconds, forwards = self._target.runner.last_seconds, self._target.runner.num_forwards
+        known, number = self._choose(contexts, target_seconds)
+        self.model.view = list(self._views.values())[number][0]
+        started = time.perf_counter()
+        proposals = super().propose(contexts)
+        forwards = self._target.runner.num_forwards - forwards
+        if forwards:
+            known.choices[number].learn_seconds((time.perf_counter() - started) / forwards)
+        for context, proposal in zip(contexts, proposals, strict=True):
+            if len(proposal):
+                self._rounds[context.request] = known, number, _first_path(proposal)
+        return proposals
+
+    def observe(self, observation: Observation) -> None:
+        """Count what the view brought."""
+        found = self._rounds.pop(observation.request, None)
+        if found is None:
+            return
+        known, number, path = found
+        tested = min(len(path), len(observation.committed))
+        hits = 0
+        while hits < tested and path[hits] == observation.committed[hits]:
+            hits += 1
+        known.choices[number].learn_outcome(hits, min(hits + 1, tested))
+
+    def forget(self, request: Request) -> None:
+        """Drop what the views know of it."""
+        self._rounds.pop(request, None)
+        for view, _ in self._views.values():
+            view.forget(request)
+
+    @property
+    def report(self) -> dict[str, dict[str, float]]:
+        """What was learnt of every view: acceptance, and seconds of a draft forward, by size of context."""
+        return {
+            f"{choice.name} at {1 << size}": {"acceptance": choice.acceptance, "seconds": choice.seconds or 0.0}
+            for size, budgets in sorted(self._known.items())
+            for choice in budgets.choices
+            if choice.tested
+        }
+
+    def _choose(self, contexts: Sequence[DraftContext], target_seconds: float) -> tuple[Budgets, int]:
+        drafting = [len(c.request.token_ids) for c in contexts if c.budget > 0]
+        mean = sum(drafting) // max(len(drafting), 1)
+        known = self._known.setdefault(max(mean, 1).bit_length() - 1, Budgets(tuple(self._views)))
+        usable = [i for i, (_, budget) in enumerate(self._views.values()) if mean >= _LEAST * budget]
+        return known, known.choose(usable or [0], target_seconds, _LONGEST)
+
+
+def _view(select: str, budget: int, sinks: int, target: Target) -> KvView:
+    size = target.blocks.block_size
+    if select == "recent":
+        return SinkWindow(budget, size, sinks)
+    if select == "query":
+        return QueryBlocks(budget, target.runner, sinks)
+    if select == "random":
+        return RandomBlocks(budget, size)
+    raise SpeculationSpecError(
+        f"magicdec:select={select!r} is not known.", field="speculation", fix=f"It is one of {', '.join(_SELECTS)}."
+    )
+
+
+def _first_path(proposal: Proposal) -> tuple[int, ...]:
+    """Tokens from the root down along first children."""
+    path, at = [], -1
+    for node, (token, parent) in enumerate(zip(proposal.tokens.tolist(), proposal.parents.tolist(), strict=True)):
+        if parent == at:
+            path.append(token)
+            at = node
+    return tuple(path)
