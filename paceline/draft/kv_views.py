@@ -37,13 +37,7 @@ class SinkWindow:
 
     def __init__(self, budget: int, block_size: int, sinks: int = SINKS) -> None:
         self._sinks = -(-sinks // block_size)
-        self._recent = budget // block_size - self._sinks
-        if sinks < 0 or self._recent < 1:
-            raise SpeculationSpecError(
-                f"a budget of {budget} tokens leaves no room beside {sinks} at the start.",
-                field="speculation",
-                fix=f"Give budget={(self._sinks + 1) * block_size} or more: it counts in blocks of {block_size}.",
-            )
+        self._recent = _beside_sinks(budget, block_size, sinks, 1)
 
     def chosen(self, request: Request, full: int) -> Sequence[int] | None:  # noqa: ARG002
         """The first and the last blocks."""
@@ -56,7 +50,7 @@ class SinkWindow:
 
 
 class QueryBlocks:
-    """The blocks that the latest tokens attend to most; half of the budget, and the other half as `SinkWindow`.
+    """Sinks, and half each of what the budget leaves: the blocks that the latest tokens attend to most, and the latest.
 
     They are chosen when the request first drafts, and again whenever a few more blocks have filled up.
 
@@ -72,7 +66,7 @@ class QueryBlocks:
     def __init__(self, budget: int, runner: ModelRunner, sinks: int = SINKS) -> None:
         self._runner = runner
         size = runner.kv.block_size
-        self._most = budget // size // 2
+        self._most = _beside_sinks(budget, size, sinks, 2) // 2
         self._rest = SinkWindow(budget - self._most * size, size, sinks)
         self._best: dict[Request, tuple[int, FloatArray]] = {}  # by request: blocks then, and their weights
 
@@ -100,6 +94,19 @@ class QueryBlocks:
         tokens = request.token_ids[start:computed]
         latest = SequenceInput(tokens, np.arange(start, computed), start, request.blocks)
         return self._runner.attention_to_blocks(latest)[:full]
+
+
+def _beside_sinks(budget: int, block_size: int, sinks: int, least: int) -> int:
+    """Blocks that a budget leaves beside the sinks, at least `least`."""
+    first = -(-sinks // block_size)
+    found = budget // block_size - first
+    if sinks < 0 or found < least:
+        raise SpeculationSpecError(
+            f"a budget of {budget} tokens leaves no room beside {sinks} at the start.",
+            field="speculation",
+            fix=f"Give budget={(first + least) * block_size} or more: it counts in blocks of {block_size}.",
+        )
+    return found
 
 
 class RandomBlocks:

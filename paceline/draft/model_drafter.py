@@ -37,6 +37,8 @@ from paceline.engine.types import Observation, Tap
 from paceline.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
+MAX_TOKENS = 512
+"""Of one step's catching up."""
 _TOP = 10
 
 
@@ -69,7 +71,7 @@ class ModelDrafter:
         shape: TreeShape,
         stop_ids: Sequence[int] = (),
         max_model_len: int = 1 << 30,
-        max_tokens: int = 512,
+        max_tokens: int = MAX_TOKENS,
         guess: Guesser | None = None,
     ) -> None:
         self.model = DraftModel(

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paceline.draft.guessers.registry import create_guesser
+from paceline.draft.layers import parse_layers
 from paceline.errors import SpeculationSpecError
 
 if TYPE_CHECKING:  # `--help` lists the drafters, and PyTorch would hold it up
@@ -55,6 +56,16 @@ DRAFTERS: dict[str, DrafterEntry] = {
         _DRAFT_MODEL,
         required=("model",),
     ),
+    "easyspec": DrafterEntry(
+        "paceline.draft.easyspec:EasySpecDrafter",
+        8,
+        {"model": str, "vocab": str, "group": int, "calibrate": int},
+        _DRAFT_MODEL,
+        required=("model",),
+    ),
+    "layerskip": DrafterEntry(
+        "paceline.draft.layerskip:LayerSkipDrafter", 8, {"skip": parse_layers}, (*_TARGET, "best_layers")
+    ),
     "magicdec": DrafterEntry(
         "paceline.draft.magicdec:MagicDecDrafter", 8, {"budget": int, "select": str, "sinks": int}, _TARGET
     ),
@@ -65,6 +76,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
         (*_DRAFT_MODEL, "chain"),
         required=("model",),
     ),
+    "s3d": DrafterEntry("paceline.draft.s3d:S3dDrafter", 4, {"ends": int, "mask": int}, _TARGET),
 }
 
 
@@ -107,7 +119,8 @@ def parse_options(name: str, options: Mapping[str, str]) -> dict[str, Any]:
         try:
             parsed[key] = known[key](value)
         except ValueError as error:
-            raise SpeculationSpecError(f"{name}:{key}={value!r} is not a whole number.", field="speculation") from error
+            why = "is not a whole number" if known[key] is int else f"cannot be read: {error}"
+            raise SpeculationSpecError(f"{name}:{key}={value!r} {why}.", field="speculation") from error
     return parsed
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from paceline.draft.self_model import Target
 from paceline.draft.shapes.base import TreeShape
 from paceline.engine.commit import Committer
 from paceline.engine.engine import Engine, Stages
+from paceline.engine.layer_search import best_layers
 from paceline.engine.profile import cost_table
 from paceline.engine.race import race
 from paceline.engine.rng import Noise, Stream
@@ -202,6 +204,7 @@ def _drafters(
             "shape": speculation.shape,
             "stop_ids": loaded.eos_token_ids,
             "target": target,
+            "best_layers": partial(best_layers, loaded, target.runner, target.blocks, on_progress),
         }
         if drafters.entry(wanted.name).has_model:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)

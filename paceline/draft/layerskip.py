@@ -1,0 +1,56 @@
+"""Drafts with some of the target's layers skipped (Draft & Verify 2309.08168; the base of S3D 2405.20314).
+
+The layers that run read the target's own keys and values of the context, which are exact. Which layers to skip is an
+option, `skip=10-17` or `skip="10-13,16"`; without it they are searched for once per model and remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from paceline.draft.self_drafter import SelfDrafter
+from paceline.draft.self_model import Target, WholeContext
+from paceline.draft.shapes.base import TreeShape
+from paceline.model.path import ForwardPath, check_family
+
+
+class LayerSkipDrafter(SelfDrafter):
+    """The drafter.
+
+    Args:
+        target: the model.
+        vocab_size: of the target.
+        coupled: see `ModelDrafter`.
+        shape: how trees grow.
+        stop_ids: the target's end tokens.
+        best_layers: finds the layers to skip.
+        skip: the layers to skip; None: what is found.
+
+    Raises:
+        ConfigError: a model whose layers cannot be skipped, or layers that it does not have.
+    """
+
+    name = "layerskip"
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        vocab_size: int,
+        coupled: bool,
+        shape: TreeShape,
+        stop_ids: Sequence[int],
+        best_layers: Callable[[], Sequence[int]],
+        skip: Sequence[int] | None = None,
+    ) -> None:
+        check_family(target.model_type, self.name)
+        self.skipped = tuple(sorted(set(best_layers() if skip is None else skip)))
+        super().__init__(
+            target,
+            vocab_size=vocab_size,
+            coupled=coupled,
+            shape=shape,
+            stop_ids=stop_ids,
+            view=WholeContext(),
+            path=ForwardPath.without(target.num_layers, self.skipped),
+        )
