@@ -50,6 +50,9 @@ SPECS = (
     "draft:k=2,guess=ngram,model=DRAFT",
     "ouroboros:k=8,model=DRAFT",
     "ouroboros:k=8,phrases=2,suffixes=1,reuse=0,model=DRAFT",
+    "s3d:k=3,ends=1",
+    "easyspec:k=2,group=2,model=DRAFT",
+    "magicdec:k=2,budget=32",
     "ngram:k=2+recycling:k=4@priced",
     "ngram:k=1+draft:k=2,model=DRAFT@priced",
     "ngram+recycling+draft:model=DRAFT@auto",
@@ -60,6 +63,7 @@ FAST = (
     ("recycling:k=4", "coupled", "top_p"),
     ("draft:k=2,model=DRAFT", "rejection", "top_k"),
     ("ouroboros:k=8,model=DRAFT", "coupled", "temperature"),
+    ("s3d:k=3,ends=1", "rejection", "temperature"),
 )
 POLICY_SPECS = [
     f"{drafters}@{policy}{':k=2' * (policy == 'fixed')}"

@@ -30,6 +30,10 @@ SPECS = (
     "draft:k=3,model=DRAFT",
     "draft:k=3,guess=ngram,model=DRAFT",
     "ouroboros:k=8,model=DRAFT",
+    "easyspec:k=3,group=2,model=DRAFT",
+    "layerskip:k=3,skip=1",
+    "magicdec:k=3,budget=32",
+    "s3d:k=3,ends=1",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "recycling+suffix+draft:model=DRAFT@auto",
 )
