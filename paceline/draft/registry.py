@@ -29,6 +29,8 @@ class DrafterEntry:
     needs: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     """Options that must be given."""
+    whole_context: bool = False
+    """Whether it needs a target without sliding windows; `auto` does without it otherwise."""
 
     @property
     def has_model(self) -> bool:
@@ -67,7 +69,11 @@ DRAFTERS: dict[str, DrafterEntry] = {
         "paceline.draft.layerskip:LayerSkipDrafter", 8, {"skip": parse_layers}, (*_TARGET, "best_layers")
     ),
     "magicdec": DrafterEntry(
-        "paceline.draft.magicdec:MagicDecDrafter", 8, {"budget": int, "select": str, "sinks": int}, _TARGET
+        "paceline.draft.magicdec:MagicDecDrafter",
+        8,
+        {"budget": int, "select": str, "sinks": int},
+        _TARGET,
+        whole_context=True,
     ),
     "ouroboros": DrafterEntry(
         "paceline.draft.ouroboros:OuroborosDrafter",

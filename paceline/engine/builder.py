@@ -196,6 +196,8 @@ def _drafters(
 ) -> dict[str, Drafter]:
     made: dict[str, Drafter] = {}
     for wanted in speculation.spec.drafters:
+        if speculation.spec.text == "auto" and drafters.entry(wanted.name).whole_context and target.has_windows:
+            continue
         options = drafters.parse_options(wanted.name, wanted.options)
         supplies: dict[str, Any] = {
             "vocab_size": vocab_size,
@@ -253,6 +255,7 @@ def _policy(
     limits = [
         _limits(d, made[d.name], speculation.shape, is_fixed=d.k is not None and spec.policy != "fixed")
         for d in spec.drafters
+        if d.name in made
     ]
     costly = [name for name, drafter in made.items() if drafter.cost_per_token]
     estimates = AcceptanceEstimates({name: drafter.prior for name, drafter in made.items()}, by_depth=costly)
@@ -265,4 +268,5 @@ def _limits(wanted: DrafterSpec, drafter: Drafter, shape: TreeShape, *, is_fixed
     most = drafters.entry(wanted.name).most if given is None else given
     by_rank = drafter.cost_per_token and shape.by_rank
     hidden_size: int | None = getattr(drafter, "hidden_size", None)  # only draft models have hidden states
-    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width, by_rank, hidden_size)
+    least: int = getattr(drafter, "least_tokens", 0)  # only drafters that read part of long contexts
+    return DrafterLimits(wanted.name, most, drafter.cost_per_token, is_fixed, width, by_rank, hidden_size, least)

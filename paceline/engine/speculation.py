@@ -43,7 +43,8 @@ def check_speculation(config: EngineConfig) -> Speculation:
     rule = create_rule(config.rule)
     tree = parse_tree(config.tree)
     shape = _shape(tree, rule)
-    if tree.branches and not any(drafters.entry(d.name).drafts_in_shapes for d in spec.drafters):
+    named = spec.drafters if spec.text != "auto" else ()  # whose choice of drafters is not to be relied upon
+    if tree.branches and not any(drafters.entry(d.name).drafts_in_shapes for d in named):
         raise ConfigError(
             f"{tree.name} is a shape for a draft model, and speculation {config.speculation} has none.",
             field="tree",

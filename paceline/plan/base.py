@@ -34,6 +34,8 @@ class DrafterLimits:
     by_rank: bool = False
     hidden_size: int | None = None
     """Of a draft model's hidden states, which a policy's head must fit."""
+    least_tokens: int = 0
+    """Mean length of the requests from which on it has anything to offer."""
 
 
 class LengthPolicy(Protocol):

@@ -190,7 +190,7 @@ class GoodputLength:
         goodput = self._goodput.at(len(asked), times.plain)
         limits, depths, stop, steady = self._limits(asked, times, goodput)
         if not limits:
-            self._rest(batch, times.plain)
+            self._rest(batch, times.plain, models=bool(depths))
             return _NOTHING_PAYS
         weights = self._weights(asked, goodput) if self._estimates.requests.num_special else None
         plan = SpecPlan(
@@ -229,10 +229,11 @@ class GoodputLength:
         """Drop a finished request's estimates."""
         self._estimates.forget(request)
 
-    def _rest(self, batch: ScheduledBatch, plain: float) -> None:
-        """Do not plan anew before the next look in shadow is due, while the same requests decode."""
+    def _rest(self, batch: ScheduledBatch, plain: float, *, models: bool) -> None:
+        """Do not plan anew before the next look in shadow is due, while the same requests decode; with draft `models`
+        that could be asked, every step is planned."""
         self._resting, self._kept, self._rest_until = _decoding(batch), None, 0
-        if self._resting and not self._costly:
+        if self._resting and not models:
             looks = [self._usage.next_look(name, len(self._resting), plain) for name in self._readers]
             self._rest_until = min([*looks, self._step + _LONGEST_REST])
 
@@ -303,7 +304,7 @@ class GoodputLength:
         for d in self._drafters:
             if d.fixed:
                 depth[d.name] = d.most
-            elif d.cost_per_token and d.most:
+            elif d.cost_per_token and d.most and asked.num_tokens >= d.least_tokens * len(asked):
                 depths[d.name], stop = self._levels.plan(d, asked, self._step, times.seconds, goodput)
                 depth[d.name] = min(round(depths[d.name] * d.width), d.most)
         paying: list[str] = []

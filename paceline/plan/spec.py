@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from paceline.errors import SpeculationSpecError
 
-AUTO_DRAFTERS = ("grammar", "prediction", "suffix", "recycling")
+AUTO_DRAFTERS = ("grammar", "prediction", "suffix", "recycling", "magicdec")
 MAX_LENGTH = 256
 _FIX = "Write drafter[:key=value,...][+drafter...][@policy], for example ngram:k=4 or ngram+recycling:max=24@auto."
 
