@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from paceline.draft.guessers.registry import create_guesser
+from paceline.draft.retrievers.registry import check_retriever
 from paceline.errors import SpeculationSpecError
 
 if TYPE_CHECKING:  # `--help` lists the drafters, and PyTorch would hold it up
@@ -54,6 +55,22 @@ DRAFTERS: dict[str, DrafterEntry] = {
         24,
         {"model": str, "vocab": str, "phrases": int, "suffixes": int, "feed": int, "reuse": int},
         (*_DRAFT_MODEL, "chain"),
+        required=("model",),
+    ),
+    "rapid": DrafterEntry(
+        "paceline.draft.rapid:RapidDrafter",
+        8,
+        {
+            "model": str,
+            "vocab": str,
+            "chunk": int,
+            "budget": int,
+            "question": int,
+            "retriever": check_retriever,
+            "embedder": str,
+            "transfer": float,
+        },
+        (*_DRAFT_MODEL, "tokenizer"),
         required=("model",),
     ),
 }
