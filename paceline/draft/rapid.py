@@ -28,6 +28,7 @@ class RapidDrafter(ModelDrafter):
         runner: the draft model.
         blocks: its block manager.
         tokenizer: the target's.
+        start: tokens of the prompt's beginning that are always read.
         chunk: tokens of a chunk of the prompt.
         budget: most tokens of all retrieved chunks.
         question: tokens of the prompt's end that are always read; the query is found there.
@@ -48,6 +49,7 @@ class RapidDrafter(ModelDrafter):
         blocks: BlockManager,
         *,
         tokenizer: Any,
+        start: int = 32,
         chunk: int = 128,
         budget: int = 1024,
         question: int = 128,
@@ -56,7 +58,7 @@ class RapidDrafter(ModelDrafter):
         transfer: float = 0.0,
         **model: Any,
     ) -> None:
-        _check(chunk, budget, question, transfer)
+        _check(start, chunk, budget, question, transfer)
         if embedder is not None and retriever != "embeddings":
             raise SpeculationSpecError(
                 f"rapid has an embedder, and retriever {retriever} has no use for it.",
@@ -64,7 +66,7 @@ class RapidDrafter(ModelDrafter):
                 fix="Write retriever=embeddings, or leave embedder out.",
             )
         options = {} if embedder is None else {"embedder": embedder}
-        limits = ReadingLimits(chunk, budget, question)
+        limits = ReadingLimits(start, chunk, budget, question)
         self.reading = RetrievedText(create_retriever(retriever, **options), tokenizer, limits)
         super().__init__(runner, blocks, reading=self.reading, **model)
         self.target_transform = KnowledgeTransfer(self.model, self.reading, transfer) if transfer else None
@@ -75,8 +77,8 @@ class RapidDrafter(ModelDrafter):
         self.reading.forget(request)
 
 
-def _check(chunk: int, budget: int, question: int, transfer: float) -> None:
-    for name, value in (("chunk", chunk), ("question", question)):
+def _check(start: int, chunk: int, budget: int, question: int, transfer: float) -> None:
+    for name, value in (("start", start), ("chunk", chunk), ("question", question)):
         if value < 1:
             raise SpeculationSpecError(f"rapid:{name}={value} is no number of tokens.", field="speculation")
     if budget < chunk:

@@ -63,6 +63,7 @@ DRAFTERS: dict[str, DrafterEntry] = {
         {
             "model": str,
             "vocab": str,
+            "start": int,
             "chunk": int,
             "budget": int,
             "question": int,
@@ -115,7 +116,8 @@ def parse_options(name: str, options: Mapping[str, str]) -> dict[str, Any]:
         try:
             parsed[key] = known[key](value)
         except ValueError as error:
-            raise SpeculationSpecError(f"{name}:{key}={value!r} is not a whole number.", field="speculation") from error
+            number = "number" if known[key] is float else "whole number"
+            raise SpeculationSpecError(f"{name}:{key}={value!r} is not a {number}.", field="speculation") from error
     return parsed
 
 

@@ -17,8 +17,6 @@ from paceline.draft.retrievers.registry import Retriever
 from paceline.engine.request import Request
 
 logger = logging.getLogger(__name__)
-START = 32
-"""Tokens of the prompt's beginning."""
 _LEAST_WORDS = 3
 """Of a last paragraph that is taken for the question."""
 
@@ -27,6 +25,7 @@ _LEAST_WORDS = 3
 class ReadingLimits:
     """How much is read, in tokens."""
 
+    start: int
     chunk: int
     budget: int
     """Of all retrieved chunks together."""
@@ -35,7 +34,7 @@ class ReadingLimits:
     @property
     def longest_prompt(self) -> int:
         """Most prompt tokens that are ever read."""
-        return START + self.budget + self.question
+        return self.start + self.budget + self.question
 
 
 class RetrievedText:
@@ -83,7 +82,7 @@ class RetrievedText:
     def _shorten(self, request: Request) -> list[int]:
         prompt = request.token_ids[: request.prompt_len]
         end = len(prompt) - self.limits.question
-        starts = range(START, end, self.limits.chunk)
+        starts = range(self.limits.start, end, self.limits.chunk)
         chunks = [prompt[at : min(at + self.limits.chunk, end)] for at in starts]
         try:
             chosen = self._choose(prompt[end:], chunks)
@@ -93,7 +92,7 @@ class RetrievedText:
                 logger.warning("retrieval failed; drafts go without it: %s", error, exc_info=error)
                 self._warned = True
             chosen = []
-        return [*prompt[:START], *(token for i in chosen for token in chunks[i]), *prompt[end:]]
+        return [*prompt[: self.limits.start], *(token for i in chosen for token in chunks[i]), *prompt[end:]]
 
     def _choose(self, question: Sequence[int], chunks: Sequence[Sequence[int]]) -> list[int]:
         """Numbers of the chunks that fit best and into the budget, in the prompt's order."""

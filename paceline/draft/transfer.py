@@ -77,8 +77,9 @@ class KnowledgeTransfer:
         for request, rows in tree_rows(self._draft, trees):
             mine = places[request]
             logits[mine] = transferred(logits[mine], torch.from_numpy(rows).to(logits.device), self.strength)
+        seconds = self._draft.runner.last_seconds if trees else 0.0  # of the last forward: a text is read only once
         read_ahead(self._draft, [item.request for item in batch.items if not item.samples])
-        return replace(scores, logits=logits, errors=errors, transform=self.name)
+        return replace(scores, logits=logits, errors=errors, transform=self.name, transform_seconds=seconds)
 
     def _error(self, request: Request, tree: DraftTree) -> PacelineError | None:
         """Why the declared target has no law here."""

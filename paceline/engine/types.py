@@ -166,6 +166,8 @@ class TargetScores:
     """The target's own sample of every row, where the device drew it; or `NOT_DRAWN`, or `NO_LAW`.  # [num_rows]"""
     transform: str | None = None
     """The target transform that made the logits; None: they are the model's own."""
+    transform_seconds: float = 0.0
+    """What its own forward took beside the target's."""
     errors: Mapping[str, Exception] = field(default_factory=dict)
     """Requests for which the declared target has no law, and why."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
@@ -9,6 +10,7 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own to say what it builds
 
 class BM25Retriever:
     """Words of two letters and more, in lower case; no stop words are left out, so no language is assumed."""
