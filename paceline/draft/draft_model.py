@@ -1,6 +1,7 @@
 """A draft model with a paged cache of its own: it follows the committed tokens and scores draft trees level by level.
 
-"Committed" is what it reads of a request: all committed tokens, or a shorter text that ends in the same way (`reading.py`).
+"Committed" is what it reads of a request: all committed tokens, or a shorter text that ends in the same way
+(`reading.py`).
 
 Each round first feeds what was committed since (after full acceptance of a chain that is two tokens). Draft nodes are
 fed behind the committed tokens in the order in which they are scored; each sees the committed tokens and its ancestors.

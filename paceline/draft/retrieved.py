@@ -1,5 +1,5 @@
-"""What RAPID's draft model reads of a long prompt (2502.20330): its beginning, the chunks that the question is about, the
-question, and everything generated so far.
+"""What RAPID's draft model reads of a long prompt (2502.20330): its beginning, the chunks that the question is about,
+the question, and everything generated so far.
 
 The beginning holds the template and the tokens that attention sinks into; the question is the prompt's end. What lies
 between is cut into chunks, of which the retriever's best go in, in the order of the prompt, up to a number of tokens.

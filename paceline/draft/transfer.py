@@ -1,13 +1,14 @@
 """RAPID's knowledge transfer (2502.20330): a declared target transform, which is then sampled exactly.
 
-With z the target's logits, p = softmax(z), and q the softmax of the draft model's logits, both at temperature 1 and before
-any sampling option, the declared target is softmax(z') with
+With z the target's logits, p = softmax(z), and q the softmax of the draft model's logits, both at temperature 1 and
+before any sampling option, the declared target is softmax(z') with
 
     z' = z - strength * m * (p - q),   m = 1 where q >= 0.1 max q, else 0,
 
 a gradient step of KL(q || p) towards the draft model, over the tokens it finds likely. Sampling options apply to z' as
-they would to z; at temperature 0 the text is the argmax of z'. Log-probabilities of the output are those of z'; those of
-the prompt stay the model's own.
+they would to z; at temperature 0 the text is the argmax of z'. Log-probabilities of the output are those of z'; those
+of the prompt stay the model's own. What the draft model reads is part of the definition, and depends on the prompt: a
+prompt that holds the beginning of an answer declares another law than the answer's own continuation.
 
 (The paper's release moves the law at drafted positions only, and recovers and goes on from others, so that its output
 follows none of them. Here the law is z' at every position, with draft nodes or without.) So q is needed after the root

@@ -34,6 +34,7 @@ SPECS = (
     "draft:k=2,model=DROPPED",
     "draft:k=4,guess=ngram,model=DROPPED",
     "ouroboros:k=12,model=DROPPED",
+    "rapid:k=4,model=self,start=8,chunk=8,budget=16,question=16",
     "ngram:k=4+recycling:k=16+suffix:k=16+prediction:k=4",
     "auto",
     "ngram+draft:model=DROPPED@auto",

@@ -50,6 +50,7 @@ SPECS = (
     "draft:k=2,guess=ngram,model=DRAFT",
     "ouroboros:k=8,model=DRAFT",
     "ouroboros:k=8,phrases=2,suffixes=1,reuse=0,model=DRAFT",
+    "rapid:k=2,start=1,chunk=1,budget=1,question=1,model=DRAFT",
     "ngram:k=2+recycling:k=4@priced",
     "ngram:k=1+draft:k=2,model=DRAFT@priced",
     "ngram+recycling+draft:model=DRAFT@auto",

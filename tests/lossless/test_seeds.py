@@ -30,6 +30,7 @@ SPECS = (
     "draft:k=3,model=DRAFT",
     "draft:k=3,guess=ngram,model=DRAFT",
     "ouroboros:k=8,model=DRAFT",
+    "rapid:k=3,start=1,chunk=1,budget=2,question=1,model=DRAFT",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "recycling+suffix+draft:model=DRAFT@auto",
 )

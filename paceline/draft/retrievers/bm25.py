@@ -12,6 +12,7 @@ from paceline.arrays import FloatArray
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets its own to say what it builds
 
+
 class BM25Retriever:
     """Words of two letters and more, in lower case; no stop words are left out, so no language is assumed."""
 

@@ -1,4 +1,7 @@
-"""Retrievers by name: what finds the parts of a long prompt that its question is about. A new one is one file and one line here."""
+"""Retrievers by name: they find the parts of a long prompt that its question is about.
+
+A new one is one file and one line here.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def _fused(linears: list[Any]) -> torch.Tensor:
 
 def _fused_before(linears: list[Any]) -> torch.Tensor | None:
     """What an earlier runner of the same model made: its weights are views of one tensor, one behind the other."""
-    first, rows = linears[0].weight, 0
+    first: torch.Tensor = linears[0].weight
+    rows = 0
     for linear in linears:
         weight = linear.weight
         behind = weight.storage_offset() == first.storage_offset() + rows * first.shape[1]
