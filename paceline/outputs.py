@@ -23,6 +23,8 @@ class GenerationStats:
     accepted_by: dict[str, int] = field(default_factory=dict)
     cached_tokens: int = 0
     preemptions: int = 0
+    target_transform: str | None = None
+    """The declared target that was sampled; None: the model itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,4 +153,5 @@ def generation_stats(request: Request) -> GenerationStats:
         accepted_by=dict(stats.accepted_by),
         cached_tokens=stats.cached_tokens,
         preemptions=stats.preemptions,
+        target_transform=stats.target_transform,
     )

@@ -1,5 +1,8 @@
 """A draft model with a paged cache of its own: it follows the committed tokens and scores draft trees level by level.
 
+"Committed" is what it reads of a request: all committed tokens, or a shorter text that ends in the same way
+(`reading.py`).
+
 Each round first feeds what was committed since (after full acceptance of a chain that is two tokens). Draft nodes are
 fed behind the committed tokens in the order in which they are scored; each sees the committed tokens and its ancestors.
 Of the fed nodes one path stays in the cache for the next round, if it turns out to be what was committed.
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from paceline.arrays import BoolArray
 from paceline.cache.block_manager import BlockManager
 from paceline.cache.paged_kv import slots_of
+from paceline.draft.reading import Reading, WholeText
 from paceline.engine.request import Request
 from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
@@ -46,6 +50,8 @@ class Scratch:
     """The draft nodes of one round that went through the model, in the order in which they were fed."""
 
     request: Request
+    committed: Sequence[int]
+    """What the model reads of the request; the last one is the root."""
     sequence: CachedSequence
     room: int
     """Nodes that the round was opened for."""
@@ -68,7 +74,7 @@ class Scratch:
 
     def num_missing(self) -> int:
         """Committed tokens that the cache lacks."""
-        return len(self.request.token_ids) - len(self.sequence.tokens)
+        return len(self.committed) - len(self.sequence.tokens)
 
     def visible(self, old: int, missing: int) -> BoolArray | None:
         """What the newest tokens see of the nodes: `missing` committed ones, then fed nodes from number `old` on.
@@ -108,10 +114,18 @@ class DraftModel:
         vocab_size: the target's; draft logits are cut or padded to it.
         max_model_len: longest sequence the draft model was made for.
         max_tokens: most tokens of one step's catching up; a request whose prompt takes more waits its turn.
+        reading: what it reads of a request.
     """
 
     def __init__(
-        self, runner: ModelRunner, blocks: BlockManager, *, vocab_size: int, max_model_len: int, max_tokens: int
+        self,
+        runner: ModelRunner,
+        blocks: BlockManager,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        max_tokens: int,
+        reading: Reading | None = None,
     ) -> None:
         self.runner = runner
         self.blocks = blocks
@@ -119,25 +133,27 @@ class DraftModel:
         """Of the forwards."""
         self.vocab_size = vocab_size
         self.num_embeddings = int(runner.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._max_tokens = max_tokens
+        self._reading = reading or WholeText()
         self._sequences: dict[Request, CachedSequence] = {}
 
     def open(self, request: Request, nodes: int) -> Scratch | None:
         """Begin a round in which up to `nodes` draft nodes are fed; None where there is no room for them."""
-        if len(request.token_ids) + nodes > self._max_model_len:
+        committed = self._reading.tokens(request)
+        if len(committed) + nodes > self.max_model_len:
             return None
         sequence = self._sequences.setdefault(request, CachedSequence())
-        sequence.follow(request.token_ids)
+        sequence.follow(committed)
         self.blocks.shrink(sequence.table, len(sequence.tokens))
-        if not self.blocks.grow(sequence.table, len(request.token_ids) + nodes):
+        if not self.blocks.grow(sequence.table, len(committed) + nodes):
             self.forget(request)
             return None
-        return Scratch(request, sequence, nodes)
+        return Scratch(request, committed, sequence, nodes)
 
     def make_room(self, scratch: Scratch, nodes: int) -> bool:
         """Room for that many nodes more, until the round is closed; False where there is none."""
-        return self.blocks.grow(scratch.sequence.table, len(scratch.request.token_ids) + scratch.room + nodes)
+        return self.blocks.grow(scratch.sequence.table, len(scratch.committed) + scratch.room + nodes)
 
     def catch_up(self, rounds: Sequence[Scratch]) -> list[Scratch]:
         """Those who can draft now. Prompts are computed in chunks, at most `max_tokens` a step for all together;
@@ -151,7 +167,7 @@ class DraftModel:
                 ready.append(scratch)
             elif left > 0:
                 done = len(scratch.sequence.tokens)
-                chunk = scratch.request.token_ids[done : done + left]
+                chunk = scratch.committed[done : done + left]
                 self.runner.forward(ForwardBatch((_plain(chunk, done, scratch.sequence.table),), ()))
                 scratch.sequence.tokens.extend(chunk)
                 left = 0
@@ -177,6 +193,7 @@ class DraftModel:
         host = _fit_vocabulary(logits.float().cpu().numpy(), self.vocab_size)
         for want, start in zip(wanted, starts, strict=True):
             scratch, fresh = want.scratch, want.scratch.root_row is None
+            scratch.sequence.tokens.extend(scratch.committed[len(scratch.sequence.tokens) :])
             first = len(scratch.rows) - fresh
             if fresh:
                 scratch.root_row = host[start]
@@ -205,9 +222,14 @@ class DraftModel:
         if sequence is not None:
             self.blocks.release(sequence.table)
 
+    def evict(self) -> None:
+        """Give all blocks back between rounds; what was cached is computed again when it is needed."""
+        for request in list(self._sequences):
+            self.forget(request)
+
     def _input(self, want: Wanted) -> SequenceInput:
         scratch = want.scratch
-        committed, done = scratch.request.token_ids, len(scratch.sequence.tokens)
+        committed, done = scratch.committed, len(scratch.sequence.tokens)
         missing = committed[done:]
         old = len(scratch.tokens)
         for parent, token in want.nodes:
@@ -215,7 +237,6 @@ class DraftModel:
             scratch.tokens.append(token)
             scratch.parents.append(parent)
             scratch.depths.append(1 if parent < 0 else scratch.depths[parent] + 1)
-        scratch.sequence.tokens.extend(missing)
         root = len(committed) - 1
         positions = root + np.array(scratch.depths[old:], dtype=np.int64)
         return SequenceInput(

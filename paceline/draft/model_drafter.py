@@ -26,6 +26,7 @@ from paceline.draft.base import NOTHING, DraftContext, Proposal
 from paceline.draft.draft_model import DraftModel, Wanted
 from paceline.draft.growing import GrowingTree
 from paceline.draft.guess import Guesser
+from paceline.draft.reading import Reading
 from paceline.draft.scored import Ranking, Scored
 from paceline.draft.shapes.base import Child, TreeShape
 from paceline.engine.constraint import Constraint
@@ -55,6 +56,7 @@ class ModelDrafter:
         max_model_len: longest sequence the draft model was made for; longer ones get no draft.
         max_tokens: most tokens of one step's catching up.
         guess: guesses what the draft model will say.
+        reading: what the draft model reads of a request; None: all of it.
     """
 
     name = "draft"
@@ -73,9 +75,15 @@ class ModelDrafter:
         max_model_len: int = 1 << 30,
         max_tokens: int = MAX_TOKENS,
         guess: Guesser | None = None,
+        reading: Reading | None = None,
     ) -> None:
         self.model = DraftModel(
-            runner, blocks, vocab_size=vocab_size, max_model_len=max_model_len, max_tokens=max_tokens
+            runner,
+            blocks,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            max_tokens=max_tokens,
+            reading=reading,
         )
         self.coupled = coupled
         self._shape = shape

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.draft.guessers.registry import create_guesser
 from paceline.draft.layers import parse_layers
+from paceline.draft.retrievers.registry import check_retriever
 from paceline.errors import SpeculationSpecError
 
 if TYPE_CHECKING:  # `--help` lists the drafters, and PyTorch would hold it up
@@ -82,6 +83,23 @@ DRAFTERS: dict[str, DrafterEntry] = {
         (*_DRAFT_MODEL, "chain"),
         required=("model",),
     ),
+    "rapid": DrafterEntry(
+        "paceline.draft.rapid:RapidDrafter",
+        8,
+        {
+            "model": str,
+            "vocab": str,
+            "start": int,
+            "chunk": int,
+            "budget": int,
+            "question": int,
+            "retriever": check_retriever,
+            "embedder": str,
+            "transfer": float,
+        },
+        (*_DRAFT_MODEL, "tokenizer"),
+        required=("model",),
+    ),
     "s3d": DrafterEntry("paceline.draft.s3d:S3dDrafter", 4, {"ends": int, "mask": int}, _TARGET),
 }
 
@@ -125,7 +143,8 @@ def parse_options(name: str, options: Mapping[str, str]) -> dict[str, Any]:
         try:
             parsed[key] = known[key](value)
         except ValueError as error:
-            why = "is not a whole number" if known[key] is int else f"cannot be read: {error}"
+            numbers: dict[object, str] = {int: "is not a whole number", float: "is not a number"}
+            why = numbers.get(known[key], f"cannot be read: {error}")
             raise SpeculationSpecError(f"{name}:{key}={value!r} {why}.", field="speculation") from error
     return parsed
 

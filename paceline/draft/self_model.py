@@ -93,7 +93,7 @@ class SelfModel(DraftModel):
         """Begin a round; None where the prompt is not computed yet or the cache has no room."""
         computed, size = request.num_computed, self.blocks.block_size
         committed = len(request.token_ids)
-        if computed != committed - 1 or committed + nodes > self._max_model_len:
+        if computed != committed - 1 or committed + nodes > self.max_model_len:
             return None
         if not self.blocks.grow(request.blocks, committed + nodes):
             return None
@@ -103,7 +103,8 @@ class SelfModel(DraftModel):
             chosen = range(full)
         table = [request.blocks[i] for i in chosen] + request.blocks[full:]
         tokens = request.token_ids[:computed]
-        return Scratch(request, CachedSequence(table, tokens, computed, (full - len(chosen)) * size), nodes)
+        unseen = (full - len(chosen)) * size
+        return Scratch(request, request.token_ids, CachedSequence(table, tokens, computed, unseen), nodes)
 
     def make_room(self, scratch: Scratch, nodes: int) -> bool:
         """Room for that many nodes more; False where there is none."""

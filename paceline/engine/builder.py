@@ -28,6 +28,7 @@ from paceline.engine.profile import cost_table
 from paceline.engine.race import race
 from paceline.engine.rng import Noise, Stream
 from paceline.engine.speculation import Speculation, check_speculation
+from paceline.engine.types import TargetTransform
 from paceline.errors import ConfigError, SpeculationSpecError
 from paceline.model.draft_weights import check_is_draft_or_model, is_draft, load_draft
 from paceline.model.head_subset import cut_head, read_ranking
@@ -79,7 +80,7 @@ def build_engine(
         ),
         policy=policy,
         drafting=Drafting(made, merge_trees=not speculation.chain, vocab_size=vocab_size),
-        verifier=Verifier(runner, shares_noise=speculation.rule.shares_noise),
+        verifier=Verifier(runner, shares_noise=speculation.rule.shares_noise, transform=_transform(made)),
         rule=speculation.rule,
         committer=Committer(runner.kv, blocks, loaded.tokenizer, loaded.eos_token_ids, max_model_len),
     )
@@ -207,10 +208,12 @@ def _drafters(
             "stop_ids": loaded.eos_token_ids,
             "target": target,
             "best_layers": partial(best_layers, loaded, target.runner, target.blocks, on_progress),
+            "tokenizer": loaded.tokenizer,
         }
         if drafters.entry(wanted.name).has_model:
             draft = _load_draft(options.pop("model"), config, loaded, on_progress)
             if "vocab" in options:
+                _check_own_head(wanted.name, draft, loaded)
                 cut_head(draft, read_ranking(options.pop("vocab"), draft).tolist())
             longest = min(draft.max_model_len, loaded.max_model_len)
             supplies["runner"], supplies["blocks"], supplies["max_model_len"] = _runner(
@@ -223,7 +226,10 @@ def _drafters(
 def _load_draft(
     model: str, config: EngineConfig, target: LoadedModel, on_progress: Callable[[str], None]
 ) -> LoadedModel:
-    """Load a draft model, which may live on the target's embeddings; refuse one whose tokens mean something else."""
+    """Load a draft model, which may live on the target's embeddings, or be the target (`self`); refuse one whose tokens
+    mean something else."""
+    if model == "self":
+        return target
     on_progress(f"loading draft model {model}")
     check_is_draft_or_model(model)
     if is_draft(model):
@@ -244,6 +250,20 @@ def _load_draft(
             fix="Choose a draft of the same model family, or a drafter that needs no model (ngram, recycling).",
         )
     return draft
+
+
+def _check_own_head(name: str, draft: LoadedModel, target: LoadedModel) -> None:
+    if draft is target:
+        raise SpeculationSpecError(
+            f"{name}:model=self drafts with the target's own head, which cannot be cut.",
+            field="speculation",
+            fix="Leave vocab out, or give another draft model.",
+        )
+
+
+def _transform(made: Mapping[str, Drafter]) -> TargetTransform | None:
+    """The target transform that a drafter's options declare."""
+    return next((t for d in made.values() if (t := getattr(d, "target_transform", None)) is not None), None)
 
 
 def _policy(

@@ -107,6 +107,7 @@ class Committer:
             self._compact(request, root, path, moves)
         request.num_computed = min(root + 1 + len(path), len(request.token_ids) - 1)
         self._count(request, tree, path, kept, now)
+        request.stats.target_transform = scores.transform
         request.finish_reason = finish
         return RequestOutput(
             request.id,

@@ -178,7 +178,8 @@ class Engine:
             drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
         scores = stages.verifier.verify(batch, verified)
         acceptance = accept(stages.rule, batch, verified, scores, self.eos_token_ids)
-        return InFlight(batch, plan, drafted, verified, scores, acceptance, started, self.runner.last_seconds)
+        seconds = self.runner.last_seconds + scores.transform_seconds
+        return InFlight(batch, plan, drafted, verified, scores, acceptance, started, seconds)
 
     def collect(self, step: InFlight) -> StepOutput:
         """Commit, tell plan and drafters, forget what is finished."""

@@ -55,6 +55,8 @@ class RequestStats:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     preemptions: int = 0
+    target_transform: str | None = None
+    """The declared target transform that the tokens were sampled from."""
 
 
 @dataclass(eq=False, slots=True)

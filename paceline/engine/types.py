@@ -164,6 +164,12 @@ class TargetScores:
     prompt_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # request id -> [start, stop) rows
     drawn: IntArray | None = None
     """The target's own sample of every row, where the device drew it; or `NOT_DRAWN`, or `NO_LAW`.  # [num_rows]"""
+    transform: str | None = None
+    """The target transform that made the logits; None: they are the model's own."""
+    transform_seconds: float = 0.0
+    """What its own forward took beside the target's."""
+    errors: Mapping[str, Exception] = field(default_factory=dict)
+    """Requests for which the declared target has no law, and why."""
 
     @cached_property
     def host(self) -> NDArray[np.float32]:
@@ -208,6 +214,21 @@ class TargetScores:
         place = inside.topk(k, dim=1).indices
         ids: IntArray = (best.gather(1, place // block) * block + place % block).cpu().numpy()
         return ids
+
+
+class TargetTransform(Protocol):
+    """Declares another target: its logits are made of the model's own, and everything after samples from it exactly.
+
+    What it gives for a row may depend on the request and the tokens up to there, and on nothing else: not on which
+    nodes a draft has, nor on what else is in the batch.
+    """
+
+    name: str
+    """What responses call it."""
+
+    def apply(self, batch: ScheduledBatch, drafts: DraftBatch, scores: TargetScores) -> TargetScores:
+        """The declared target's scores for the root and every node of all sampling requests."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,11 @@ class Answering:
         hidden = min(self.hidden, sum(request.num_output for request in self.requests))
         return usage_of(self.requests, reasoning_tokens=reasoning, hidden=hidden)
 
+    @property
+    def target_transform(self) -> str | None:
+        """The declared target that was sampled, once a sample has a token; None: the model itself."""
+        return next((r.stats.target_transform for r in self.requests if r.stats.target_transform), None)
+
     def metrics(self) -> RequestMetrics | None:
         """Speculation statistics, if asked for."""
         return metrics_of(self.requests) if self.report_metrics else None
@@ -142,6 +147,8 @@ class Answering:
                 if choice is not None:
                     usage = self.usage().model_dump() if every_time else None
                     more = {"usage": usage} if include_usage else {}
+                    if extra and self.target_transform is not None:
+                        extra["target_transform"] = self.target_transform
                     yield self._chunk(object_name, [choice], {**extra, **more})
                     extra = {}
             metrics = self.metrics()

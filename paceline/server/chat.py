@@ -198,6 +198,7 @@ def _whole(answering: Answering) -> ChatResponse:
         choices=[states[request.id].choice() for request in answering.requests],
         usage=answering.usage(),
         seed=answering.seed,
+        target_transform=answering.target_transform,
         prompt_token_ids=answering.extra.get("prompt_token_ids"),
         metrics=answering.metrics(),
     )

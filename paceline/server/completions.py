@@ -208,5 +208,6 @@ def _whole(answering: Answering) -> CompletionResponse:
         choices=[states[request.id].choice() for request in answering.requests],
         usage=answering.usage(),
         seed=answering.seed,
+        target_transform=answering.target_transform,
         metrics=answering.metrics(),
     )

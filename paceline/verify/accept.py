@@ -53,6 +53,8 @@ def _accept_one(
     stop_ids: Sequence[int],
 ) -> Walk:
     params = request.params
+    if request.id in scores.errors:
+        raise scores.errors[request.id]
     if scores.drawn is not None and scores.drawn[first_row] != NOT_DRAWN:
         return follow(tree, scores.drawn[first_row : first_row + 1 + len(tree)].tolist())
     output = request.output_ids if params.edits_logits else []

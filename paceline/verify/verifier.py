@@ -9,7 +9,14 @@ import numpy as np
 from paceline.arrays import BoolArray
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.sampling import MIN_TEMPERATURE
-from paceline.engine.types import NOT_DRAWN, DraftBatch, ScheduledBatch, ScheduledRequest, TargetScores
+from paceline.engine.types import (
+    NOT_DRAWN,
+    DraftBatch,
+    ScheduledBatch,
+    ScheduledRequest,
+    TargetScores,
+    TargetTransform,
+)
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput
 
 
@@ -19,11 +26,15 @@ class Verifier:
     Args:
         runner: the target model.
         shares_noise: whether the acceptance rule commits the target's own samples, which the device may draw then.
+        transform: declares another target, whose samples are drawn on the host.
     """
 
-    def __init__(self, runner: ModelRunner, *, shares_noise: bool = False) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, shares_noise: bool = False, transform: TargetTransform | None = None
+    ) -> None:
         self._runner = runner
         self._shares_noise = shares_noise
+        self._transform = transform
 
     def verify(self, batch: ScheduledBatch, drafts: DraftBatch) -> TargetScores:
         """Logits of every sampling request's root and nodes, and of prompt tokens where they were asked for."""
@@ -45,6 +56,9 @@ class Verifier:
                 rows.extend(range(end - 1, end + len(tree)))
             start += len(inputs[-1].token_ids)
         forward = ForwardBatch(tuple(inputs), rows)
+        if self._transform is not None:
+            scores = TargetScores(self._runner.forward(forward), tuple(first_row), prompt_rows)
+            return self._transform.apply(batch, drafts, scores)
         if not self._runner.draws:
             return TargetScores(self._runner.forward(forward), tuple(first_row), prompt_rows)
         draws = self._draws(batch, drafts, first_row, len(rows))

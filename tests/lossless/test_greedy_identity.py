@@ -38,6 +38,7 @@ SPECS = (
     "layerskip:k=3,skip=12-15",
     "magicdec:k=3,budget=32",
     "s3d:k=2,ends=12",
+    "rapid:k=4,model=self,start=8,chunk=8,budget=16,question=16",
     "ngram:k=4+recycling:k=16+suffix:k=16+prediction:k=4",
     "auto",
     "ngram+draft:model=DROPPED@auto",

@@ -53,6 +53,7 @@ SPECS = (
     "s3d:k=3,ends=1",
     "easyspec:k=2,group=2,model=DRAFT",
     "magicdec:k=2,budget=32",
+    "rapid:k=2,start=1,chunk=1,budget=1,question=1,model=DRAFT",
     "ngram:k=2+recycling:k=4@priced",
     "ngram:k=1+draft:k=2,model=DRAFT@priced",
     "ngram+recycling+draft:model=DRAFT@auto",

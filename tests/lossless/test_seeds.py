@@ -34,6 +34,7 @@ SPECS = (
     "layerskip:k=3,skip=1",
     "magicdec:k=3,budget=32",
     "s3d:k=3,ends=1",
+    "rapid:k=3,start=1,chunk=1,budget=2,question=1,model=DRAFT",
     "ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "recycling+suffix+draft:model=DRAFT@auto",
 )

@@ -292,6 +292,7 @@ BYTE_SPECS = (
     "grammar:k=6+ngram:k=3+recycling:k=8+draft:k=2,model=DRAFT",
     "auto",
     "grammar+recycling+draft:model=DRAFT@auto",
+    "rapid:k=3,start=1,chunk=1,budget=1,question=1,model=DRAFT",
 )
 MIXES: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},

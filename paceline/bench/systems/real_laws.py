@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,10 @@ class RealLaws:
     p: LawOf
     q: LawOf
     vocab: int
+
+
+NextRows = Callable[[Sequence[int]], NDArray[np.float32]]
+"""Tokens -> logits after a context, then after the context with each of the tokens.  # [1 + len(tokens), vocab]"""
 
 
 def real_laws(context: Context) -> list[RealLaws]:
@@ -119,14 +124,15 @@ def _measure(context: Context) -> list[RealLaws]:
     wanted = prefixes(context, context.few(*_CONTEXTS))
     for done, prefix in enumerate(wanted):
         context.say(f"Laws of the real model ({done + 1} of {len(wanted)} contexts)")
-        found.append(_at(context.llm(), context.draft_llm, prefix))
+        found.append(laws_at(partial(next_rows, context.llm(), prefix), partial(next_rows, context.draft_llm, prefix)))
     return found
 
 
-def _at(target: LLM, draft: LLM, prefix: Sequence[int]) -> RealLaws:
-    first = [next_rows(llm, prefix)[0] for llm in (target, draft)]
+def laws_at(target: NextRows, draft: NextRows) -> RealLaws:
+    """Laws of two tokens at a context, from what gives the logits after it and after it with each token."""
+    first = [rows_after([])[0] for rows_after in (target, draft)]
     tokens = _union(first)
-    rows = [next_rows(llm, prefix, tokens) for llm in (target, draft)]
+    rows = [rows_after(tokens) for rows_after in (target, draft)]
     laws: list[dict[Tokens, Law]] = [{}, {}]
     for place in range(len(tokens) + 1):
         here = _union([row[place] for row in rows])

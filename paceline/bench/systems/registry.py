@@ -61,7 +61,7 @@ SYSTEMS: tuple[System, ...] = (
     System(44, "ibm-speculator", "Accelerating Production LLMs with Combined Token/Embedding Speculators", "2404.19124", "speculation"),
     System(45, "s3d", "S3D: A Simple and Cost-Effective Self-Speculative Decoding Scheme for Low-Memory GPUs", "2405.20314", "speculation"),
     System(46, "multi-candidate", "Improving Multi-candidate Speculative Decoding", "2409.10644", "speculation", "paceline.bench.systems.mcsd:run"),
-    System(47, "rapid", "Long-Context Inference with Retrieval-Augmented Speculative Decoding", "2502.20330", "speculation"),
+    System(47, "rapid", "Long-Context Inference with Retrieval-Augmented Speculative Decoding", "2502.20330", "speculation", "paceline.bench.systems.rapid:run"),
     System(48, "packing", "Efficient Sequence Packing without Cross-contamination: Accelerating Large Language Models without Impacting Performance", "2107.02027", "scheduling"),
     System(49, "ouroboros", "Ouroboros: Speculative Decoding with Large Model Enhanced Drafting", "2402.13720", "speculation", "paceline.bench.systems.ouroboros:run"),
     System(50, "universal-learners", "Auto-Regressive Next-Token Predictors are Universal Learners", "2309.06979", "length control"),

@@ -229,5 +229,8 @@ class ChatResponse(Answer):
     choices: list[ChatChoice]
     usage: Usage
     seed: int = Field(description="Send it back for the same text.")
+    target_transform: str | None = left_out(
+        "The declared target transform that was sampled; left out for the model itself."
+    )
     prompt_token_ids: list[int] | None = left_out()
     metrics: RequestMetrics | None = left_out()

@@ -65,4 +65,7 @@ class CompletionResponse(Answer):
     choices: list[CompletionChoice]
     usage: Usage
     seed: int = Field(description="Send it back for the same text.")
+    target_transform: str | None = left_out(
+        "The declared target transform that was sampled; left out for the model itself."
+    )
     metrics: RequestMetrics | None = left_out()

@@ -1,0 +1,256 @@
+"""RAPID (2502.20330): the target drafts for itself on retrieved parts of a long prompt, and the knowledge transfer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from paceline.arrays import FloatArray
+from paceline.bench.laws import error_of, sampled_chain
+from paceline.bench.systems.base import Row, above, at_least, at_most, exactly, suite
+from paceline.bench.systems.context import Context, tokens_of
+from paceline.bench.systems.long_prompts import PASSAGES
+from paceline.bench.systems.long_rows import LongAnswers, agreement
+from paceline.bench.systems.measures import NoResidual, count
+from paceline.bench.systems.real_laws import LENGTH as JOINT
+from paceline.config import RequestSpeculation, SamplingParams
+from paceline.draft.base import DraftContext
+from paceline.draft.model_drafter import ModelDrafter
+from paceline.draft.reading import Reading, WholeText
+from paceline.draft.retrieved import ReadingLimits, RetrievedText
+from paceline.draft.retrievers.registry import Retriever, create_retriever
+from paceline.draft.shapes.chain import ChainShape
+from paceline.engine.draft_tree import Origin
+from paceline.engine.request import Request
+from paceline.llm import LLM
+from paceline.verify.base import AcceptanceRule
+from paceline.verify.coupled import CoupledRule
+from paceline.verify.rejection import RejectionRule
+
+LENGTH = (6000, 1500)
+"""Tokens of the long text: full and quick."""
+ANSWERS = (12, 4)
+TOKENS = (48, 16)
+LIMITS = ReadingLimits(start=32, chunk=64, budget=512, question=96)
+STRENGTHS = (0.0, 1.0, 5.0, 10.0, 20.0)
+_EXACT = 1e-6
+_RETRIEVED_GAIN = 0.05
+_ROOM = {"max_num_seqs": 1}
+_KV_BYTES = 900 << 20
+
+
+class RandomRetriever:
+    """Any chunks: the control."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def scores(self, query: str, chunks: Sequence[str]) -> FloatArray:  # noqa: ARG002
+        """Anything above 0."""
+        return self._rng.random(len(chunks)) + 0.1
+
+
+class NoRetriever:
+    """No chunk at all."""
+
+    def scores(self, query: str, chunks: Sequence[str]) -> FloatArray:  # noqa: ARG002
+        """Nothing fits."""
+        return np.zeros(len(chunks))
+
+
+def _options(context: Context) -> dict[str, int]:
+    longest = context.few(*LENGTH) + 1024
+    return {"max_model_len": min(longest, context.loaded.max_model_len), "kv_cache_memory": _KV_BYTES, **_ROOM}
+
+
+def _spec(options: str) -> str:
+    limits = f"start={LIMITS.start},chunk={LIMITS.chunk},budget={LIMITS.budget},question={LIMITS.question}"
+    return f"rapid:model=self,{limits},{options}"
+
+
+def _long(context: Context) -> LongAnswers:
+    def make() -> LongAnswers:
+        sizes = (context.few(*size) for size in (LENGTH, ANSWERS, TOKENS))
+        return LongAnswers(context, *sizes, **_options(context))
+
+    found: LongAnswers = context.once("long answers", make)
+    return found
+
+
+def _reading(context: Context, retriever: Retriever) -> RetrievedText:
+    return RetrievedText(retriever, context.loaded.tokenizer, LIMITS)
+
+
+def _identity(context: Context) -> Iterator[Row]:
+    """E0: greedy output on long prompts equals plain."""
+    long = _long(context)
+    params = SamplingParams(temperature=0.0, max_tokens=context.few(*TOKENS))
+    expected = [a.tokens for a in long.answers]
+    started = time.perf_counter()
+    plain = count(long.llm, long.prompts, params)
+    between = time.perf_counter()
+    llm = context.llm(_spec("k=4"), **_options(context))
+    llm.generate(long.prompts[0], SamplingParams(temperature=0.0, max_tokens=1))  # what the prompts have in common
+    begun = time.perf_counter()
+    found = count(llm, long.prompts, params)
+    seconds = time.perf_counter() - begun
+    same = sum(a == b == c for a, b, c in zip(found.outputs, plain.outputs, expected, strict=True))
+    ratio = (between - started) / seconds
+    note = (
+        f"prompts of {len(long.prompts[0])} tokens with one text, up to {params.max_tokens} tokens each, fp32; "
+        f"accepted length {found.mean_accepted_length:.2f} with k=4; {ratio:.2f}x the speed of plain, "
+        "prompts' common KV cached for both"
+    )
+    yield exactly("E0: greedy output on long prompts equals plain", same, len(long.prompts), note)
+
+
+def _law(context: Context) -> Iterator[Row]:
+    """E1: the committed law at transfer 0, by enumeration."""
+    places = context.few(50, 8)
+    laws = _long(context).laws(_reading(context, create_retriever("bm25")), places)
+
+    def error(rule: AcceptanceRule) -> float:
+        return max(error_of(rule, at.p, sampled_chain(at.q, 2), at.vocab, JOINT) for at in laws)
+
+    note = f"{len(laws)} places in answers to long prompts, draft on retrieved chunks, top 8, joint law of two tokens"
+    yield at_most("E1: law of rejection, largest error", error(RejectionRule()), _EXACT, note)
+    yield at_most("E1: law of coupled, largest error", error(CoupledRule()), _EXACT, note)
+    yield above("E1 control: no residual is caught", error(NoResidual()), 1e-3, "a rule broken on purpose")
+
+
+def _retrieval(context: Context) -> Iterator[Row]:
+    """How often the draft agrees, by what it reads."""
+    long = _long(context)
+    draft = create_retriever("bm25")
+    found = _passages_read(context, long)
+    retrieved = agreement(long.target_rows, long.draft_rows(_reading(context, draft))).acceptance
+    chance = [
+        agreement(long.target_rows, long.draft_rows(_reading(context, RandomRetriever(seed)))).acceptance
+        for seed in range(context.few(3, 1))
+    ]
+    nothing = agreement(long.target_rows, long.draft_rows(_reading(context, NoRetriever()))).acceptance
+    rows = sum(map(len, long.target_rows))
+    note = (
+        f"sum min(p, q) at T=1 over {rows} tokens of the target's greedy answers: retrieved {retrieved:.3f}, random "
+        f"chunks {min(chance):.3f} to {max(chance):.3f}, start and question alone {nothing:.3f}; BM25 finds {found} of "
+        f"{len(long.prompts)} passages with {LIMITS.budget} of {len(long.prompts[0])} tokens"
+    )
+    yield at_least("acceptance, retrieved over random", retrieved - float(np.mean(chance)), _RETRIEVED_GAIN, note)
+
+
+def _passages_read(context: Context, long: LongAnswers) -> int:
+    reading, step = _reading(context, create_retriever("bm25")), len(PASSAGES) // len(long.prompts)
+    texts = [context.loaded.tokenizer.decode(a.short(reading, 0)) for a in long.answers]
+    return sum(p.text in text for p, text in zip(PASSAGES[::step], texts, strict=False))
+
+
+def _transfer(context: Context) -> Iterator[Row]:
+    """What the knowledge transfer does, by its strength, and that its law does not depend on the look-ahead."""
+    long = _long(context)
+    likes = long.draft_rows(_reading(context, create_retriever("bm25")))
+    found = [agreement(long.target_rows, likes, strength) for strength in STRENGTHS]
+    strengths = "/".join(f"{s:g}" for s in STRENGTHS)
+    accepted = [a.acceptance for a in found]
+    diverged = [a.divergence for a in found]
+    note = f"strengths {strengths}: " + ", ".join(f"{a:.4f}" for a in accepted)
+    yield above("acceptance rises with the transfer, least step", float(np.diff(accepted).min()), 0.0, note)
+    note = f"mean KL(p' || q) at strengths {strengths}: " + ", ".join(f"{d:.4f}" for d in diverged)
+    yield above("KL(p' || q) falls with the transfer, least step", float(-np.diff(diverged).max()), 0.0, note)
+    yield _one_text(context, long)
+
+
+def _one_text(context: Context, long: LongAnswers) -> Row:
+    llm = context.llm(_spec("k=4,transfer=10"), **_options(context))
+    prompts = long.prompts[: context.few(6, 2)]
+    texts = []
+    for wish in (None, RequestSpeculation(cap=1), RequestSpeculation(off=True)):
+        context.say("Text of the declared target")
+        texts.append(
+            [
+                tokens_of(llm.generate(p, SamplingParams(temperature=t, seed=1, max_tokens=24, speculation=wish)))
+                for p in prompts
+                for t in (0.0, 1.0)
+            ]
+        )
+    same = sum(a == b == c for a, b, c in zip(*texts, strict=True))
+    plain = sum(a[0] == b.tokens[: len(a[0])] for a, b in zip(texts[0][::2], long.answers, strict=False))
+    note = (
+        f"transfer 10, look-ahead 4, 1 and 0, temperatures 0 and 1; {plain} of {len(prompts)} greedy texts are plain's"
+    )
+    return exactly("one text of the declared target", same, len(texts[0]), note)
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """Seconds of a draft of four tokens for a short and a long prompt."""
+
+    short: float
+    long: float
+
+
+def _time(context: Context) -> Iterator[Row]:
+    """Draft time by the prompt's length."""
+    long = _long(context)
+    prompt, rest = long.prompts[0], LIMITS.question
+    third = [*prompt[: len(prompt) // 3 - rest], *prompt[-rest:]]
+    repeats = context.few(15, 4)
+    found = _timed(context, lambda: _reading(context, create_retriever("bm25")), third, prompt, repeats)
+    ratio = median(t.long / t.short for t in found)
+    note = (
+        f"prompts of {len(prompt)} and {len(third)} tokens, {repeats} rounds by turns, a draft of 4 tokens takes "
+        f"{median(t.long for t in found) * 1e3:.0f} ms"
+    )
+    yield at_most("draft time, long over short prompt", ratio, 1.1, note)
+    whole = _timed(context, WholeText, third, prompt, repeats)
+    ratio = median(t.long / t.short for t in whole)
+    note = f"{median(t.long for t in whole) * 1e3:.0f} ms"
+    yield above("control: the same, reading everything", ratio, 1.1, note)
+
+
+def _timed(
+    context: Context, reading: Callable[[], Reading], short: Sequence[int], long: Sequence[int], repeats: int
+) -> list[_Timed]:
+    """By turns, each after one token more, which the draft model did not expect."""
+    drafter = _drafter(context.llm(_spec("k=4"), **_options(context)), reading())
+    requests = [
+        Request(f"t{i}", list(p), len(p), SamplingParams(temperature=0.0), 0) for i, p in enumerate((short, long))
+    ]
+    found = []
+    try:
+        for request in requests:
+            while not len(drafter.propose([DraftContext(request, 4)])[0]):
+                continue
+        for _ in range(repeats):
+            seconds = []
+            for request in requests:
+                request.token_ids += [request.token_ids[-2]]
+                started = time.perf_counter()
+                drafter.propose([DraftContext(request, 4)])
+                seconds.append(time.perf_counter() - started)
+            found.append(_Timed(*seconds))
+    finally:
+        for request in requests:
+            drafter.forget(request)
+    return found
+
+
+def _drafter(llm: LLM, reading: Reading) -> ModelDrafter:
+    """A drafter of this reading on the engine's draft model."""
+    (own,) = llm.engine.stages.drafting.drafters.values()
+    assert isinstance(own, ModelDrafter)
+    return ModelDrafter(
+        own.model.runner,
+        own.model.blocks,
+        vocab_size=llm.engine.vocab_size,
+        coupled=True,
+        shape=ChainShape(Origin.CHOSEN),
+        max_model_len=llm.engine.max_model_len,
+        reading=reading,
+    )
+
+
+run = suite(_identity, _law, _retrieval, _transfer, _time)
