@@ -231,11 +231,11 @@ class GoodputLength:
 
     def _rest(self, batch: ScheduledBatch, plain: float, *, models: bool) -> None:
         """Do not plan anew before the next look in shadow is due, while the same requests decode; with draft `models`
-        that could be asked, every step is planned."""
+        that could be asked, for a few steps only."""
         self._resting, self._kept, self._rest_until = _decoding(batch), None, 0
-        if self._resting and not models:
+        if self._resting:
             looks = [self._usage.next_look(name, len(self._resting), plain) for name in self._readers]
-            self._rest_until = min([*looks, self._step + _LONGEST_REST])
+            self._rest_until = min([*looks, self._step + (_KEEP_STEPS if models else _LONGEST_REST)])
 
     def _keep(self, batch: ScheduledBatch, kept: _Kept) -> None:
         """Do the same for a few steps, in which expected times hardly change, while the same requests decode."""

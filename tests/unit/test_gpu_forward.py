@@ -20,6 +20,7 @@ from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.graphs import GraphRunner
 from paceline.model.gpu.weights import is_llama_like
 from paceline.model.kernels.batch import SPLIT_KEYS
+from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput, kv_shape
 
 BUCKETS = Buckets(max_tokens=128, max_seqs=4, max_model_len=400)
@@ -73,6 +74,16 @@ def test_logits_are_those_of_transformers(architecture: str) -> None:
     compare(slow, fast, ForwardBatch((sequence(1, 20, first, 2), tree(5, second)), range(9)))
     chunk = sequence(70, 0, range(18, 24), 3)
     compare(slow, fast, ForwardBatch((chunk, sequence(1, 21, first, 4), sequence(2, 0, third, 5)), [69, 70, 72]))
+
+
+def test_parts_of_the_model_are_those_of_transformers() -> None:
+    """A layer skipped, and layers that attend side by side; the whole model is as it was afterwards."""
+    slow, fast = pair("qwen3")
+    prompt = sequence(20, 0, range(1, 4))
+    compare(slow, fast, ForwardBatch((prompt,), [19]))
+    one = sequence(1, 20, range(1, 4), 2)
+    for path in (ForwardPath.without(3, [1]), ForwardPath(((0,), (1, 2))), None):
+        compare(slow, fast, ForwardBatch((one,), [0], path))
 
 
 def test_a_step_beyond_every_bucket_runs_all_the_same() -> None:

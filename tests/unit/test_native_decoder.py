@@ -14,6 +14,7 @@ from paceline.cache.paged_kv import PagedKV
 from paceline.model.head_subset import cut_head
 from paceline.model.loader import LoadedModel
 from paceline.model.native.decoder import runs_natively
+from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput, kv_shape
 from paceline.model.tiled_linear import tile_linears
 
@@ -84,6 +85,22 @@ def test_it_computes_what_transformers_does(architecture: str) -> None:
         everything(runner(architecture, True)), everything(runner(architecture, False)), strict=True
     ):
         assert near(ours, theirs)
+
+
+@pytest.mark.parametrize("path", [ForwardPath.without(3, [1]), ForwardPath(((0,), (1, 2))), ForwardPath(((2,),))])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_of_the_model(architecture: str, path: ForwardPath) -> None:
+    """Layers skipped, layers side by side; and the whole model keeps its bits."""
+    native, modules = runner(architecture, True), runner(architecture, False)
+    prompt, one = chunk([5, 9, 11, 40, 7], 0, [3, 8]), chunk([6], 5, [3, 8])
+    found = []
+    for run in (native, modules):
+        run.forward(ForwardBatch((prompt,), [4]))
+        found.append(run.forward(ForwardBatch((one,), [0], path)).clone())
+    assert near(*found)
+    before = everything(runner(architecture, True))
+    native.forward(ForwardBatch((one,), [0], path))
+    assert all(torch.equal(a, b) for a, b in zip(everything(native), before, strict=True))
 
 
 @pytest.mark.parametrize(
