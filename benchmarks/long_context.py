@@ -25,6 +25,7 @@ from typing import Any
 from paceline import LLM, SamplingParams
 from paceline.bench.host import host_info
 from paceline.bench.systems.long_prompts import PASSAGES, long_prompts
+from paceline.draft.magicdec import MagicDecDrafter
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Generation
 
@@ -46,6 +47,8 @@ class Cell:
     accepted_length: dict[str, float] = field(default_factory=dict)
     chosen: dict[str, int] = field(default_factory=dict)
     """Accepted tokens of `auto`, by drafter."""
+    views: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What `auto` learnt of each view of the context."""
 
     def ratios(self) -> dict[str, float]:
         """Speed over that of `none` in the same repeat, median of the later half; the best fixed one by name."""
@@ -108,6 +111,8 @@ def measure(cell: Cell, loaded: LoadedModel, args: argparse.Namespace) -> None:
             found = [g.token_ids for g in made]
             expected = expected or found
             cell.same_text[name] = cell.same_text.get(name, True) and found == expected
+    own = llms["auto"].engine.stages.drafting.drafters.get("magicdec")
+    cell.views = own.report if isinstance(own, MagicDecDrafter) else {}
     for llm in llms.values():
         llm.close()
 

@@ -9,7 +9,7 @@ and a choice is worth the best of it over n. All four are measured; what is chos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _FADE = 0.98
 _PRIOR = 2.0
@@ -64,10 +64,11 @@ class Budgets:
 
     Args:
         names: of the views; the first is tried first.
+        like: what is known of the same views at another size of context, to begin with.
     """
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.choices = [Choice(name) for name in names]
+    def __init__(self, names: tuple[str, ...], like: Budgets | None = None) -> None:
+        self.choices = [Choice(name) for name in names] if like is None else [replace(c) for c in like.choices]
         self._round = 0
 
     def choose(self, usable: list[int], target_seconds: float, most: int) -> int:

@@ -133,7 +133,11 @@ class MagicDecDrafter(SelfDrafter):
     def _choose(self, contexts: Sequence[DraftContext], target_seconds: float) -> tuple[Budgets, int]:
         drafting = [len(c.request.token_ids) for c in contexts if c.budget > 0]
         mean = sum(drafting) // max(len(drafting), 1)
-        known = self._known.setdefault(max(mean, 1).bit_length() - 1, Budgets(tuple(self._views)))
+        size = max(mean, 1).bit_length() - 1
+        if size not in self._known:
+            nearest = min(self._known, key=lambda other: abs(other - size), default=None)
+            self._known[size] = Budgets(tuple(self._views), None if nearest is None else self._known[nearest])
+        known = self._known[size]
         usable = [i for i, (_, budget) in enumerate(self._views.values()) if mean >= _LEAST * budget]
         return known, known.choose(usable or [0], target_seconds, _LONGEST)
 
