@@ -68,7 +68,8 @@ class Budgets:
     """
 
     def __init__(self, names: tuple[str, ...], like: Budgets | None = None) -> None:
-        self.choices = [Choice(name) for name in names] if like is None else [replace(c) for c in like.choices]
+        before = [Choice(name) for name in names] if like is None else like.choices
+        self.choices: list[Choice] = [replace(choice) for choice in before]
         self._round = 0
 
     def choose(self, usable: list[int], target_seconds: float, most: int) -> int:

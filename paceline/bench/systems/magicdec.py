@@ -8,8 +8,12 @@ from typing import Any
 from paceline.bench.systems.base import Row, above, at_least, exactly, suite
 from paceline.bench.systems.context import Context
 from paceline.bench.systems.long_prompts import long_prompts
-from paceline.bench.systems.measures import Counted, count
-from paceline.config import SamplingParams
+from paceline.bench.systems.measures import Counted, count, with_drafter
+from paceline.config import RequestSpeculation, SamplingParams
+from paceline.draft.registry import create, parse_options
+from paceline.draft.self_model import Target
+from paceline.draft.shapes.chain import ChainShape
+from paceline.engine.draft_tree import Origin
 from paceline.llm import LLM
 
 LENGTH = (6000, 1200)
@@ -34,22 +38,35 @@ def _prompts(context: Context) -> list[list[int]]:
     return found
 
 
-def _counted(context: Context, options: str) -> Counted:
-    """What an engine drafts and accepts; its prompts' common text is computed once."""
+def _engine(context: Context) -> LLM:
+    """One for everything, so that the prompts' common text is computed once."""
+    return context.llm(f"magicdec:k={_DRAFTED},budget={BUDGET}", **_options(context))
+
+
+def _counted(context: Context, **options: str) -> Counted:
+    """What is drafted and accepted with these options of the drafter."""
 
     def make() -> Counted:
-        llm = context.llm(f"magicdec:k={_DRAFTED},{options}", **_options(context))
-        found = count(llm, _prompts(context), _params(context))
-        llm.close()
-        return found
+        llm = _engine(context)
+        target = Target(llm.engine.runner, llm.engine.stages.scheduler.blocks, llm.engine.max_model_len)
+        supplies = {
+            "target": target,
+            "vocab_size": llm.engine.vocab_size,
+            "coupled": True,
+            "shape": ChainShape(Origin.CHOSEN),
+            "stop_ids": llm.engine.eos_token_ids,
+        }
+        with_drafter(llm, create("magicdec", parse_options("magicdec", options), supplies))
+        return count(llm, _prompts(context), _params(context))
 
-    context.say(f"MagicDec with {options}")
-    found: Counted = context.once(("magicdec", options), make)
+    name = ", ".join(f"{key}={value}" for key, value in options.items())
+    context.say(f"MagicDec with {name}")
+    found: Counted = context.once(("magicdec", name), make)
     return found
 
 
-def _params(context: Context) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=context.few(*TOKENS), ignore_eos=True)
+def _params(context: Context, **options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=context.few(*TOKENS), ignore_eos=True, **options)
 
 
 def _acceptance(found: Counted) -> float:
@@ -58,10 +75,7 @@ def _acceptance(found: Counted) -> float:
 
 def _plain(context: Context) -> Counted:
     def make() -> Counted:
-        llm: LLM = context.llm(**_options(context))
-        found = count(llm, _prompts(context), _params(context))
-        llm.close()
-        return found
+        return count(_engine(context), _prompts(context), _params(context, speculation=RequestSpeculation(off=True)))
 
     context.say("Plain answers to long prompts")
     found: Counted = context.once("magicdec plain", make)
@@ -70,7 +84,7 @@ def _plain(context: Context) -> Counted:
 
 def _identity(context: Context) -> Iterator[Row]:
     """E0 and acceptance with a small budget."""
-    plain, found = _plain(context), _counted(context, f"budget={BUDGET}")
+    plain, found = _plain(context), _counted(context, budget=str(BUDGET))
     prompts: Sequence[Sequence[int]] = _prompts(context)
     same = sum(a == b for a, b in zip(found.outputs, plain.outputs, strict=True))
     note = f"prompts of {len(prompts[0])} tokens, {len(plain.outputs[0])} tokens each, fp32"
@@ -81,18 +95,18 @@ def _identity(context: Context) -> Iterator[Row]:
 
 def _whole(context: Context) -> Iterator[Row]:
     """A budget beyond the context drafts with the target itself."""
-    found = _counted(context, "budget=65536")
+    found = _counted(context, budget="65536")
     note = f"accepted length {found.mean_accepted_length:.2f} with k={_DRAFTED}"
     yield exactly("accepted of what is drafted, budget beyond the context", _acceptance(found), 1.0, note)
 
 
 def _ablations(context: Context) -> Iterator[Row]:
     """Without sinks, with random blocks, and with the blocks that are attended to."""
-    usual = _acceptance(_counted(context, f"budget={BUDGET}"))
-    for options, what in (("sinks=0", "without sinks"), ("select=random", "random blocks")):
-        other = _acceptance(_counted(context, f"budget={BUDGET},{options}"))
+    usual = _acceptance(_counted(context, budget=str(BUDGET)))
+    for key, value, what in (("sinks", "0", "without sinks"), ("select", "random", "random blocks")):
+        other = _acceptance(_counted(context, budget=str(BUDGET), **{key: value}))
         yield above(f"{what}: acceptance falls by", usual - other, 0.02, f"{usual:.3f} -> {other:.3f}")
-    queried = _acceptance(_counted(context, f"budget={BUDGET},select=query"))
+    queried = _acceptance(_counted(context, budget=str(BUDGET), select="query"))
     yield above("blocks chosen by attention over random ones", queried - other, 0.02, f"{other:.3f} -> {queried:.3f}")
 
 
