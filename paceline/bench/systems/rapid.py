@@ -108,7 +108,7 @@ def _identity(context: Context) -> Iterator[Row]:
     note = (
         f"prompts of {len(long.prompts[0])} tokens with one text, up to {params.max_tokens} tokens each, fp32; "
         f"accepted length {found.mean_accepted_length:.2f} with k=4; {ratio:.2f}x the speed of plain, "
-        "prompts' common KV cached for both"
+        "the target's KV of the prompts cached for both, the draft model's short text read anew"
     )
     yield exactly("E0: greedy output on long prompts equals plain", same, len(long.prompts), note)
 
