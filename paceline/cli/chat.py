@@ -33,6 +33,7 @@ _STYLES = {
     "suffix": "blue",
     "draft": "magenta",
     "ouroboros": "bright_magenta",
+    "rapid": "bright_cyan",
     "prediction": "yellow",
     "grammar": "bright_black",
 }

@@ -176,6 +176,7 @@ def test_the_committed_law_is_the_declared_one(
     assert _error(pairs(strength), rule, 2, looked_ahead) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_three_tokens_from_one_draft(pairs: Callable[[float], Pair]) -> None:
     assert _error(pairs(10), "rejection", 3, 2) < TOLERANCE
 

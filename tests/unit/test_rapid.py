@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_tools import greedy, llm, loaded, make_blocks, make_request, make_runner, prompt_of, reference, run
-from fakes import make_byte_tokenizer
+from fakes import make_byte_tokenizer, make_config, make_model
 
 from paceline import LLM, SamplingParams
+from paceline.bench.systems.long_prompts import PASSAGES, long_prompts
 from paceline.draft.base import DraftContext
 from paceline.draft.rapid import RapidDrafter
 from paceline.draft.retrieved import ReadingLimits, RetrievedText, question_of
@@ -21,6 +24,7 @@ from paceline.draft.retrievers.registry import create_retriever
 from paceline.draft.shapes.chain import ChainShape
 from paceline.engine.draft_tree import Origin
 from paceline.errors import SpeculationSpecError
+from paceline.model.gpu.weights import fuse_weights
 
 LIMITS = ReadingLimits(start=4, chunk=8, budget=16, question=6)
 OPTIONS = "start=4,chunk=8,budget=16,question=6"
@@ -314,3 +318,31 @@ def test_self_shares_the_targets_weights() -> None:
     assert isinstance(drafter, RapidDrafter)
     assert drafter.model.runner.model is made.engine.runner.model
     assert drafter.model.runner.kv is not made.engine.runner.kv
+
+
+def test_two_runners_of_one_model_share_fused_weights() -> None:
+    """What a GPU's runner fuses, the second runner of `model=self` finds; other weights are not taken for fused."""
+    model = make_model(make_config("llama"))
+    first, second = (fuse_weights(model, 8).layers for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert (a.qkv.data_ptr(), a.gate_up.data_ptr()) == (b.qkv.data_ptr(), b.gate_up.data_ptr())
+        assert torch.equal(a.qkv, b.qkv)
+        assert torch.equal(a.gate_up, b.gate_up)
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.weight = torch.nn.Parameter(layer.k_proj.weight.clone())
+    again = fuse_weights(model, 8).layers[0].qkv
+    assert again.data_ptr() != first[0].qkv.data_ptr()
+    assert torch.equal(again, first[0].qkv)
+
+
+# What it is measured on
+
+
+def test_long_prompts_hide_every_passage_once_and_share_their_text() -> None:
+    llm: Any = SimpleNamespace(tokenizer=make_byte_tokenizer())
+    prompts = long_prompts(llm, 9000, 4)
+    texts = [llm.tokenizer.decode(p) for p in prompts]
+    assert all(text.count(passage.text) == 1 for text in texts for passage in PASSAGES)
+    assert all(text.endswith(passage.question) for text, passage in zip(texts, PASSAGES[::3], strict=True))
+    assert len({text.rpartition("Question:")[0] for text in texts}) == 1
+    assert all(8000 < len(p) < 9500 for p in prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,17 @@ class LongAnswers:
             self._context.say(f"Plain answers to long prompts ({i} of {len(self.prompts)})")
             found.append(Answer(tuple(prompt), tokens_of(self.llm.generate(prompt, params))[0]))
         return found
+
+    def step_seconds(self, prompt: Sequence[int]) -> float:
+        """Of a forward of one token behind a prompt whose KV is cached."""
+        with _kept(self.llm, prompt, len(prompt)) as (table, start):
+            for at in range(start, len(prompt), _CHUNK):
+                part = prompt[at : at + _CHUNK]
+                self.llm.engine.runner.forward(ForwardBatch((_plain(part, at, table),), []))
+            last = _plain(prompt[-1:], len(prompt) - 1, table)
+            started = time.perf_counter()
+            self.llm.engine.runner.forward(ForwardBatch((last,), [0]))
+            return time.perf_counter() - started
 
     @cached_property
     def target_rows(self) -> list[torch.Tensor]:
@@ -141,14 +153,15 @@ def _next_rows(llm: LLM, prefix: Sequence[int], tokens: Sequence[int]) -> NDArra
 
 @contextmanager
 def _kept(llm: LLM, tokens: Sequence[int], room: int) -> Iterator[tuple[list[int], int]]:
-    """A block table with room, and how many leading tokens the prefix cache has of it."""
+    """A block table with room, and how many leading tokens are in it already. All must be computed at the end."""
     blocks = llm.engine.stages.scheduler.blocks
-    table, _ = blocks.match_prefix(list(tokens), "")
+    table, hashes = blocks.match_prefix(list(tokens), "")
     start = len(table) * blocks.block_size
     try:
         if not blocks.grow(table, room):
             raise MemoryError("the KV cache has no room for a long prompt")
         yield table, start
+        blocks.publish(table, hashes, list(tokens), len(tokens), "")
     finally:
         blocks.release(table)
 
