@@ -8,8 +8,8 @@ target forward over n tokens, a schedule makes a *cycle* of rounds up to the nex
     PEARL         max(l d, T(1)), then with probability a rounds of max(l d, T(l)), each followed by another with
                   probability a^l; the cycle brings 1 / (1 - a) tokens
     pre only      max(l d, T(1)), then with probability a T(l); tokens as under speculation
-    post only     l d + max(l d, T(l + 1)), then with probability a^(l+1) rounds of max(l d, T(l)), each followed by another
-                  with probability a^l; 1 / (1 - a) tokens
+    post only     l d + max(l d, T(l + 1)), then with probability a^(l+1) rounds of max(l d, T(l)), each followed by
+                  another with probability a^l; 1 / (1 - a) tokens
 
 What runs beside something else takes the times measured beside something else: two lanes on one machine share its
 cores and its memory. `tests/unit/test_lane_choice.py` holds these formulas against the clock.

@@ -2,8 +2,8 @@
 
 A round is one target forward beside `length` draft tokens. What was drafted and not tested yet is *pending*:
 
-    pending empty (pre-verify)    target: the law after what is committed.       It tests the first new token only.
-    pending p1..pk (post-verify)  target: laws after it and after p1..pk.        They test p1..pk and the first new token.
+    pending empty (pre-verify)    target: the law after what is committed.  It tests the first new token only.
+    pending p1..pk (post-verify)  target: laws after it and after p1..pk.   They test p1..pk and the first new token.
 
     all pass        tested tokens are committed, the other new tokens become pending
     one fails       those before it are committed, then the recovered token; what else was drafted is dropped

@@ -4,7 +4,7 @@ A *run* is a few tokens that pass all stages; its result is the target's law aft
 order in which runs set out.
 
     on a result     test the run's guesses behind what is committed, and commit; then
-                    - runs that disagree with what is committed, or that say nothing new, are cancelled: stages skip them
+                    - runs that disagree with what is committed, or say nothing new, are cancelled: stages skip them
                     - if no run is on its way that has the newest token, a run of that token alone sets out
     all the while   the draft goes on from the end of the longest run, and every few tokens are a run
 

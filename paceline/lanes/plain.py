@@ -1,4 +1,4 @@
-"""What lanes are compared with: no look-ahead, and speculation that drafts while the target waits and the other way round.
+"""What lanes are compared with: no look-ahead, and speculation in which draft and target wait for each other.
 
 The target is one lane or the stages of a pipeline, which a forward passes one after the other.
 """

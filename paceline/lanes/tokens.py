@@ -139,7 +139,7 @@ class Text:
         """
         assert len(guesses) <= len(laws) <= len(guesses) + 1, "every guess needs the law of its place"
 
-        def law(node: int, _: Sequence[int]) -> Law:
+        def law(node: int, path: Sequence[int]) -> Law:  # noqa: ARG001
             return laws[node + 1] if node + 1 < len(laws) else _NOT_KNOWN
 
         position = self._start + len(self.path)
