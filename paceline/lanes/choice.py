@@ -86,7 +86,7 @@ def pre_only(beside: LaneTimes, alone: LaneTimes, length: int, acceptance: float
 
 
 def post_only(beside: LaneTimes, alone: LaneTimes, length: int, acceptance: float) -> float:
-    """Seconds per token of PEARL without pre-verify."""
+    """Seconds per token of PEARL without pre-verify, for lengths of at least 2 (at 1 nothing is ever pending)."""
     first = length * alone.draft + _beside(beside, length, length + 1)
     more = acceptance ** (length + 1) / (1.0 - acceptance**length) * _beside(beside, length, length)
     return (first + more) * (1.0 - acceptance)

@@ -17,12 +17,13 @@ Lossless under every rule: each position is tested once, in order, by the rule i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+from paceline.engine.sampling import Law
 from paceline.lanes.plain import DRAFT, TARGET, drafted
 from paceline.lanes.tokens import Guess, Text, tokens_of
-from paceline.lanes.work import Lanes, Process
+from paceline.lanes.work import Job, Lanes, Process
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,34 @@ class Pearl:
         """Write the text. If the lane that drafts dies, what is pending is verified and the rest is plain."""
         pending: list[Guess] = []
         while not text.finished:
-            if not self.pre and not pending and text.has_draft:
-                pending = yield from drafted(lanes, text, self.length, DRAFT)
-            path, known = text.path, tokens_of(pending)
-            drafts = text.has_draft and (self.post or not pending)
-            verify = lanes.start(TARGET, 1 + len(known), lambda p=path, k=known: text.target.laws(p, k))  # type: ignore[misc]
-            jobs = [verify]
-            if drafts:
-                behind = (*path, *known)
-                jobs.append(lanes.start(DRAFT, self.length, lambda b=behind: text.guesses(b, self.length)))  # type: ignore[misc]
-            yield jobs
-            new: list[Guess] = []
-            if drafts and jobs[1].error is not None:
-                text.lose_draft()
-            elif drafts:
-                new = jobs[1].value
-            pending = self.settle(text, pending, new, verify.result(), lanes.now)
+            pending = yield from self.round(lanes, text, pending)
+
+    def round(self, lanes: Lanes, text: Text, pending: Sequence[Guess]) -> Generator[Sequence[Job], None, list[Guess]]:
+        """One target forward with whatever is drafted beside it.
+
+        Returns:
+            What is pending after it.
+        """
+        if not self.pre and not pending and text.has_draft:
+            pending = yield from drafted(lanes, text, self.length, DRAFT)
+        path, known = text.path, tokens_of(pending)
+        drafts = text.has_draft and (self.post or not pending)
+        jobs = [lanes.start(TARGET, 1 + len(known), lambda: text.target.laws(path, known))]
+        if drafts:
+            jobs.append(lanes.start(DRAFT, self.length, lambda: text.guesses((*path, *known), self.length)))
+        yield jobs
+        new: list[Guess] = []
+        if drafts and jobs[1].error is not None:
+            text.lose_draft()
+        elif drafts:
+            new = jobs[1].value
+        return self.settle(text, pending, new, jobs[0].result(), lanes.now)
 
     def settle(
-        self, text: Text, pending: Sequence[Guess], new: Sequence[Guess], laws: Sequence[object], now: float
+        self, text: Text, pending: Sequence[Guess], new: Sequence[Guess], laws: Sequence[Law], now: float
     ) -> list[Guess]:
         """Test what can be tested, commit, and say what is pending now."""
         tested = [*pending, *new[:1]]
-        verdict = text.judge(tested, laws)  # type: ignore[arg-type]
+        verdict = text.judge(tested, laws)
         text.commit(tested, verdict, now)
         return list(new[1:]) if verdict.token is None else []
