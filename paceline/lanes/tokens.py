@@ -103,6 +103,8 @@ class Text:
         self.limit = limit
         self.times: list[float] = []
         """When each token was committed."""
+        self.verdicts = 0
+        """Verifications that committed tokens."""
         self.streaks: list[int] = [0]
         """Draft tokens accepted in a row, between tokens that the target brought; the last one may go on."""
         self._draft: Draft | None = draft
@@ -153,6 +155,7 @@ class Text:
         tokens = [guess.token for guess in guesses[: verdict.accepted]]
         if verdict.token is not None:
             tokens.append(verdict.token)
+        self.verdicts += 1
         self.streaks[-1] += verdict.accepted
         if verdict.token is not None:
             self.streaks.append(0)
