@@ -12,15 +12,18 @@ from paceline.lanes.work import Job, Process, never
 
 
 class Threads:
-    """One thread for each lane.
+    """One thread for each group of lanes.
 
     Args:
-        lanes: their names.
+        lanes: their names; those in one group share a thread, and so take turns.
         prepare: called in each thread before its first job, to set how many cores it may use.
     """
 
-    def __init__(self, lanes: Sequence[str], prepare: Callable[[], None] = lambda: None) -> None:
-        self._pools = {name: ThreadPoolExecutor(1, f"paceline-{name}", initializer=prepare) for name in lanes}
+    def __init__(self, *lanes: Sequence[str], prepare: Callable[[], None] = lambda: None) -> None:
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+        for group in lanes:
+            pool = ThreadPoolExecutor(1, f"paceline-{group[0]}", initializer=prepare)
+            self._pools |= dict.fromkeys(group, pool)
         self._futures: dict[Job, Future[None]] = {}
         self._began = time.perf_counter()
 

@@ -231,7 +231,7 @@ def test_the_text_is_the_engines(target: LLM, draft: LLM, name: str, temperature
 
 def _run(schedule, text: Text, on_threads: bool) -> None:  # type: ignore[no-untyped-def]
     if on_threads:
-        with Threads(["draft", "target"]) as lanes:
+        with Threads(["draft"], ["target"]) as lanes:
             lanes.run(schedule(lanes, text))
         return
     clock = Clock({"draft": lambda n: 1.0 * n, "target": lambda _: 3.0}, jitter=0.5)
@@ -258,7 +258,7 @@ def test_a_thread_that_dies_loses_no_token(target: LLM, draft: LLM, after: int) 
     (wanted,) = target.generate([list(PROMPTS[0])], params)
     text, followers = text_of(target, draft, PROMPTS[0], params)
     text._draft = Dying(text._draft, after)  # type: ignore[arg-type]
-    with Threads(["draft", "target"]) as lanes:
+    with Threads(["draft"], ["target"]) as lanes:
         lanes.run(_pearl(lanes, text))
     for each in followers:
         each.close()

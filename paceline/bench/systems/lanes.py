@@ -14,6 +14,7 @@ from pathlib import Path as Folder
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.bench.lane_times import follower_of
 from paceline.bench.systems.base import Row, exactly
 from paceline.bench.systems.context import Context, tokens_of
 from paceline.bench.systems.drafts import save_without
@@ -21,7 +22,7 @@ from paceline.config import SamplingParams
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law
 from paceline.lanes.clock import Clock
-from paceline.lanes.models import Follower, ModelDraft, ModelTarget
+from paceline.lanes.models import ModelDraft, ModelTarget
 from paceline.lanes.tokens import Draft, Guess, Path, Target, Text
 from paceline.lanes.traces import Trace
 from paceline.lanes.work import Process
@@ -93,11 +94,6 @@ class _Rows:
         assert count == 1
         row: NDArray[np.float32] = self._rows[len(tokens) - self._prompt][None]
         return row
-
-
-def follower_of(llm: LLM) -> Follower:
-    """A sequence in the engine's cache."""
-    return Follower(llm.engine.runner, llm.engine.stages.scheduler.blocks)
 
 
 class Remembered:

@@ -16,7 +16,6 @@ from paceline.bench.systems.lanes import (
     seconds,
     traces,
 )
-from paceline.errors import PacelineError
 from paceline.lanes.clock import Clock
 from paceline.lanes.pearl import Pearl
 from paceline.lanes.plain import plain, speculation
@@ -71,10 +70,7 @@ def right_traces(context: Context) -> tuple[list[Trace], str]:
         found.append((acceptance(traces(context, layers)), layers))
         if found[-1][0] < _RIGHT:
             break
-    enough = [item for item in found if item[0] >= _RIGHT]
-    if not enough:
-        raise PacelineError(f"no draft is right 8 times of 10: {found}")
-    rate, layers = min(enough)
+    rate, layers = min([item for item in found if item[0] >= _RIGHT] or [max(found)])
     return traces(context, layers), f"draft: the target without {layers} of its layers, acceptance {rate:.2f}"
 
 
@@ -99,6 +95,7 @@ def _best_speculation(found: Sequence[Trace], ratio: int) -> tuple[float, int]:
 def _clocked(context: Context) -> Iterator[Row]:
     """Makespans on the clock, with the ablations."""
     real, about = right_traces(context)
+    yield at_least("acceptance of the traces below", acceptance(real), _RIGHT, about)
     tables = {r: {name: _makespan(real, r, s) for name, s in _schedules(r).items()} for r in RATIOS}
     gains = {r: t["speculation"] / t["PEARL"] for r, t in tables.items()}
     worst = min(gains, key=lambda r: gains[r])

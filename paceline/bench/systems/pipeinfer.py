@@ -1,7 +1,7 @@
 """PipeInfer (2407.11798): runs in flight along a pipeline, against synchronous speculation on the same one.
 
-Times are measured ones (SmolLM2-135M in 4 bits and its draft, on one core of an AMD EPYC), as they are and with a target
-that is three times as large. A pipeline of P stages divides a forward's time by P for each stage.
+Times are measured ones (SmolLM2-135M in 4 bits and its draft, one core of an AMD EPYC), as they are and with a target
+three times as large. A pipeline of P stages divides a forward's time by P for each stage.
 """
 
 from __future__ import annotations
