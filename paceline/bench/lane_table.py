@@ -17,6 +17,7 @@ from paceline.lanes.traces import Trace, made
 from paceline.lanes.work import Process
 
 LENGTHS = range(2, 17)
+"""Of PEARL; with 1 nothing would ever be pending."""
 SCHEDULES = ("none", "speculation", "PEARL, pre only", "PEARL, post only", "PEARL", "PipeInfer")
 TEXTS = 3
 Schedule = Callable[[Clock, Text], Process]
@@ -46,7 +47,7 @@ class Sweep:
     """What each further token adds to a target forward, as a share of one token's time."""
     stages: int = 4
     """Of PipeInfer's pipeline."""
-    tokens: int = 200
+    tokens: int = 120
     seed: int = 0
 
     def rows(self) -> Iterator[Row]:
@@ -66,7 +67,8 @@ class Sweep:
         if name == "PipeInfer":
             return min((_pipeinfer(traces, times, self.stages, batch), batch) for batch in (1, 2, 4))
         formula, make = _SCHEDULES[name]
-        length = min(LENGTHS, key=lambda n: formula(times, n, acceptance))
+        lengths = (1, *LENGTHS) if name == "speculation" else LENGTHS
+        length = min(lengths, key=lambda n: formula(times, n, acceptance))
         return _seconds(traces, times, make(length)), length
 
 

@@ -71,7 +71,7 @@ def register(kinds: Any) -> None:
         help="what each further token adds to a target forward, as a share of one token's (default: 0)",
     )
     parser.add_argument("--stages", type=count, default=4, metavar="N", help="of PipeInfer's pipeline (default: 4)")
-    parser.add_argument("--tokens", type=count, default=200, metavar="N", help="of a text (default: 200)")
+    parser.add_argument("--tokens", type=count, default=120, metavar="N", help="of a text (default: 120)")
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the texts on the clock (default: 0)")
     options.add_json_option(parser, "write the rows as JSON to FILE (and a chart beside it), or to stdout")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the chart to this file")
@@ -138,7 +138,7 @@ def verdict(machine: Machine) -> str:
     target, draft = 1e3 * alone.forward(1), 1e3 * alone.draft
     slow_target, slow_draft = 1e3 * beside.forward(1), 1e3 * beside.draft
     lines = [
-        f"This machine, {machine.threads} threads: a target forward takes {target:.1f} ms, a draft token {draft:.1f} ms;",
+        f"With {machine.threads} threads a target forward takes {target:.1f} ms, a draft token {draft:.1f} ms;",
         f"beside each other, with half of the threads each, {slow_target:.1f} and {slow_draft:.1f} ms.",
         f"The draft is right {machine.acceptance:.0%} of the time.",
     ]
