@@ -2,8 +2,8 @@
 
     python benchmarks/lanes.py --json benchmarks/cpu/lanes.json
 
-The machine's cores are either all used by one model at a time, or divided: half for the target, half for the draft.
-Every schedule writes the same greedy texts (checked), prompt by prompt, schedules in random order; seconds do not
+Without lanes each model has all cores, or half of them, while it runs; with lanes the target has half and the draft the
+other half. Every schedule writes the same greedy texts (checked), prompt by prompt, schedules in random order; seconds do not
 include the prompt. A ratio compares two schedules on the same prompt in the same round; intervals are of its geometric
 mean (bootstrap over prompts and rounds, 95%). Before that, forwards are timed alone and beside each other, and the
 choice that these times make is printed beside what was measured.
@@ -17,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from paceline.model.loader import load_model
 
 QUESTIONS = Path(__file__).parent.parent / "paceline" / "bench" / "questions.jsonl"
 Schedule = Callable[[Lanes, Text], Process]
+ALL, HALF, LANES = "all cores", "half of the cores", "two lanes"
+SPECULATION, PEARL = (1, 2, 3), (2, 3)
+"""Lengths."""
 
 
 def main() -> None:
@@ -60,11 +64,7 @@ def main() -> None:
     ]
     prompts = prompts[: args.prompts]
     alone, beside = times(llms[0], llms[1], prompts[0], cores)
-    schedules: dict[str, tuple[Schedule, bool]] = {"none": (plain, False)}
-    for length in (1, 2, 3, 4):
-        schedules[f"speculation {length}"] = (lambda lanes, text, n=length: speculate(lanes, text, n), False)  # type: ignore[misc]
-    for length in (2, 3, 4):
-        schedules[f"PEARL {length}"] = (lambda lanes, text, n=length: Pearl(n).run(lanes, text), True)  # type: ignore[misc]
+    schedules = every_schedule()
     found = measure(llms, prompts, schedules, args, cores, half)
     best = choose(alone, beside, found["acceptance"])
     result = {
@@ -81,44 +81,59 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
+def every_schedule() -> dict[str, tuple[Schedule, str]]:
+    """What is compared, and the threads it runs on."""
+    found: dict[str, tuple[Schedule, str]] = {}
+    for threads in (ALL, HALF):
+        found[f"none, {threads}"] = (plain, threads)
+        for length in SPECULATION:
+            found[f"speculation {length}, {threads}"] = (partial(speculate, length=length), threads)
+    return found | {f"PEARL {length}": (Pearl(length).run, LANES) for length in PEARL}
+
+
 def measure(
     llms: Sequence[LLM],
     prompts: Sequence[Sequence[int]],
-    schedules: dict[str, tuple[Schedule, bool]],
+    schedules: dict[str, tuple[Schedule, str]],
     args: argparse.Namespace,
     cores: int,
     half: int,
 ) -> dict[str, Any]:
     """Seconds per token of every schedule, interleaved, and ratios."""
     params = SamplingParams(temperature=0.0, max_tokens=args.max_tokens, ignore_eos=True)
-    shared = Threads(["draft", "target"], prepare=lambda: torch.set_num_threads(cores))
-    apart = Threads(["draft"], ["target"], prepare=lambda: torch.set_num_threads(half))
+    lanes = {
+        ALL: Threads(["draft", "target"], prepare=lambda: torch.set_num_threads(cores)),
+        HALF: Threads(["draft", "target"], prepare=lambda: torch.set_num_threads(half)),
+        LANES: Threads(["draft"], ["target"], prepare=lambda: torch.set_num_threads(half)),
+    }
     taken: dict[str, list[float]] = {name: [] for name in schedules}
     texts: dict[int, tuple[int, ...]] = {}
     accepted = tested = 0
-    with shared, apart:
-        for round_number in range(args.rounds + 1):
-            for number, prompt in enumerate(prompts):
-                for name in random.sample(list(schedules), len(schedules)):
-                    schedule, has_lanes = schedules[name]
-                    text, seconds = write(llms, prompt, params, apart if has_lanes else shared, schedule)
-                    assert texts.setdefault(number, text.path) == text.path, f"{name} wrote another text"
-                    if round_number:  # the first round warms up
-                        taken[name].append(seconds / len(text.path))
-                    if name == "speculation 1":
-                        accepted, tested = accepted + sum(text.streaks), tested + text.verdicts
+    for round_number in range(args.rounds + 1):
+        for number, prompt in enumerate(prompts):
+            for name in random.sample(list(schedules), len(schedules)):
+                schedule, threads = schedules[name]
+                text, seconds = write(llms, prompt, params, lanes[threads], schedule)
+                assert texts.setdefault(number, text.path) == text.path, f"{name} wrote another text"
+                if round_number:  # the first round warms up
+                    taken[name].append(seconds / len(text.path))
+                if name.startswith("speculation 1"):
+                    accepted, tested = accepted + sum(text.streaks), tested + text.verdicts
+    for each in lanes.values():
+        each.close()
+    return {"acceptance": round(accepted / tested, 3), **summary(taken, args)}
+
+
+def summary(taken: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
+    """Medians, and ratios to the best without lanes (chosen by median, in hindsight)."""
+    base = best_of(taken, "none"), best_of(taken, "speculation")
+    lanes = [name for name in taken if name.startswith("PEARL")]
     return {
-        "acceptance": round(accepted / tested, 3),
-        "prompts": len(prompts),
+        "prompts": args.prompts,
         "rounds": args.rounds,
         "max_tokens": args.max_tokens,
         "ms_per_token": {name: round(1e3 * statistics.median(times), 2) for name, times in taken.items()},
-        "speed_over_none": {name: ratio(taken["none"], taken[name]) for name in schedules if name != "none"},
-        "pearl_over_speculation": {
-            f"PEARL {n} over {name}": ratio(taken[name], taken[f"PEARL {n}"])
-            for n in (2, 3, 4)
-            for name in (f"speculation {n}", best_of(taken, "speculation"))
-        },
+        "pearl_speed_over": {f"{name} over {b}": ratio(taken[b], taken[name]) for name in lanes for b in base},
     }
 
 
@@ -148,8 +163,8 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
 def predicted(alone: LaneTimes, beside: LaneTimes, acceptance: float) -> dict[str, float]:
     """By the formulas of `paceline.lanes.choice`."""
     found = {"none": no_lookahead(alone)}
-    found |= {f"speculation {n}": speculation(alone, n, acceptance) for n in (1, 2, 3, 4)}
-    found |= {f"PEARL {n}": pearl(beside, n, acceptance) for n in (2, 3, 4)}
+    found |= {f"speculation {n}": speculation(alone, n, acceptance) for n in SPECULATION}
+    found |= {f"PEARL {n}": pearl(beside, n, acceptance) for n in PEARL}
     return {name: round(1e3 * seconds, 2) for name, seconds in found.items()}
 
 

@@ -39,6 +39,6 @@ def draw(rows: Sequence[Row], path: str, title: str) -> None:
     figure.supylabel("speed over no look-ahead", fontsize=9)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
