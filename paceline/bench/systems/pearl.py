@@ -7,6 +7,7 @@ from functools import partial
 
 from paceline.bench.systems.base import Row, above, at_least, exactly, suite
 from paceline.bench.systems.context import Context
+from paceline.bench.systems.lane_drafters import every_drafter
 from paceline.bench.systems.lanes import (
     RealText,
     Schedule,
@@ -36,6 +37,7 @@ def clock(ratio: float, **options: float) -> Clock:
 def _identity(context: Context) -> Iterator[Row]:
     """E0: greedy output equals plain."""
     yield identity(context, "PEARL", context.draft_llm, lambda text: _write(text, Pearl(4)))
+    yield from every_drafter(context, "PEARL", lambda text: _write(text, Pearl(4)))
 
 
 def _write(text: Text, schedule: Pearl, jitter: float = 0.3, seed: int = 0) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 
 from paceline.bench.systems.base import Row, above, exactly, suite
 from paceline.bench.systems.context import Context
+from paceline.bench.systems.lane_drafters import every_drafter
 from paceline.bench.systems.lanes import RealText, acceptance, identity, params_at, traces
 from paceline.lanes.choice import LaneTimes
 from paceline.lanes.clock import Clock
@@ -50,6 +51,7 @@ def _write(text: Text, stages: int, **options: float) -> None:
 def _identity(context: Context) -> Iterator[Row]:
     """E0: greedy output equals plain."""
     yield identity(context, "PipeInfer on 4 stages", context.draft_llm, lambda text: _write(text, 4, jitter=0.5))
+    yield from every_drafter(context, "PipeInfer", lambda text: _write(text, 4, jitter=0.5))
 
 
 def _any_time(context: Context) -> Iterator[Row]:

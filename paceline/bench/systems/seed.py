@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from paceline.bench.systems.base import Row, above, at_most, exactly, suite
 from paceline.bench.systems.context import Context
+from paceline.bench.systems.lane_drafters import every_drafter
 from paceline.bench.systems.lanes import RealText, identity, params_at, traces
 from paceline.lanes.clock import Clock
 from paceline.lanes.plain import TARGET, batched, serial
@@ -34,6 +35,7 @@ def _identity(context: Context) -> Iterator[Row]:
         at.run()
 
     yield identity(context, "SEED", context.draft_llm, write)
+    yield from every_drafter(context, "SEED", write)
 
 
 def _alone(context: Context) -> Iterator[Row]:
