@@ -4,9 +4,9 @@
 
 Without lanes each model has all cores, or half of them, while it runs; with lanes the target has half and the draft the
 other half. Every schedule writes the same greedy texts (checked), prompt by prompt, schedules in random order; seconds
-do not include the prompt. A ratio compares two schedules on the same prompt in the same round; intervals are of its geometric
-mean (bootstrap over prompts and rounds, 95%). Before that, forwards are timed alone and beside each other, and the
-choice that these times make is printed beside what was measured.
+do not include the prompt. A ratio compares two schedules on the same prompt in the same round; intervals are of its
+geometric mean (bootstrap over prompts and rounds, 95%). Before that, forwards are timed alone and beside each other,
+and the choice that these times make is printed beside what was measured.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class PipeInfer:
         batch: most tokens of a speculative run.
         cutoff: when drafting pauses.
         cancel: whether stages skip runs that are dead; without, they compute them.
-        ahead: speculative runs that may wait before the first stage; more would only be drafted on older news.
+        ahead: drafting pauses while more runs than stages and so many are on their way: they would only wait.
 
     Raises:
         InputError: the text's rule weighs drafts, and would be biased.
@@ -105,7 +105,7 @@ class PipeInfer:
         """On their way, in the order in which they set out."""
         self.num_runs = 0
         self.num_cancelled = 0
-        self._runs_since, self._misses, self._waiting = 0, 0, 0
+        self._runs_since, self._misses = 0, 0
         self._speechless = False
         """Whether the draft had no guess at all: asking again before there is news would not help."""
         self._news: Job = clock.promise()
@@ -119,26 +119,16 @@ class PipeInfer:
     def _launch(self, run: Run, size: int) -> None:
         self.runs.append(run)
         self.num_runs += 1
-        self._waiting += 1
         self.clock.spawn(self._along(run, size))
 
     def _along(self, run: Run, size: int) -> Process:
         """One run passes the stages; one that is cancelled takes no time in those that it has not reached."""
-        entered = self.clock.start(self.stages[0], size, lambda: None, lambda: self._enters(run))
-        yield (entered,)
-        entered.result()
-        if len(self.stages) > 1:
-            last = yield from through(self.clock, self.stages[1:], size, lambda: None, lambda: run.cancelled)
-            last.result()
+        last = yield from through(self.clock, self.stages, size, lambda: None, lambda: run.cancelled)
+        last.result()
         self.runs.remove(run)
         if not run.cancelled:
             self._result(run)
-
-    def _enters(self, run: Run) -> bool:
-        """The first stage has come to a run: whether it skips it."""
-        self._waiting -= 1
         self._tell()
-        return run.cancelled
 
     def _result(self, run: Run) -> None:
         text = self.text
@@ -151,7 +141,6 @@ class PipeInfer:
         if not text.finished and not any(other.answers(text.path) for other in self._alive()):
             newest = Guess(text.path[-1])
             self._launch(Run(text.path[:-1], (newest,), text.path), 1)
-        self._tell()
 
     def _sweep(self) -> None:
         """Cancel what is dead."""
@@ -168,7 +157,8 @@ class PipeInfer:
         text = self.text
         while not text.finished and text.has_draft:
             tip = max((run.whole for run in self._alive()), key=len, default=text.path)
-            if self._waiting > self.ahead or len(tip) >= text.limit:
+            crowded = sum(not run.cancelled for run in self.runs) > len(self.stages) + self.ahead
+            if crowded or len(tip) >= text.limit:
                 yield (self._news,)
                 continue
             news = self._news
