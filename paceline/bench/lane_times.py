@@ -57,10 +57,10 @@ def measure(target: LLM, draft: LLM, prompts: Sequence[Sequence[int]], tokens: i
 def times(target: LLM, draft: LLM, prompt: Sequence[int], threads: int) -> tuple[LaneTimes, LaneTimes]:
     """Of a target forward by size and of a draft token: each model alone, and both at once with half of the threads."""
     probes = _Probe(target, prompt), _Probe(draft, prompt)
-    alone = LaneTimes({n: probes[0].seconds(n) for n in SIZES}, probes[1].seconds(1))
     half = max(threads // 2, 1)
-    torch.set_num_threads(half)
     try:
+        alone = LaneTimes({n: probes[0].seconds(n) for n in SIZES}, probes[1].seconds(1))
+        torch.set_num_threads(half)
         with _busy(probes[1], 1, half):
             target_beside = {n: probes[0].seconds(n) for n in SIZES}
         with _busy(probes[0], 2, half):
@@ -105,14 +105,15 @@ class _Probe:
 
     def __init__(self, llm: LLM, prompt: Sequence[int]) -> None:
         self._follower = follower_of(llm)
-        self._prompt = tuple(prompt)
+        self._prompt, self._vocab_size = tuple(prompt), llm.engine.vocab_size
         self._number = 0
         self._follower.rows(self._prompt, 1)
 
     def step(self, size: int) -> None:
         """One forward of `size` new tokens, other ones than before."""
-        self._number = self._number % 1000 + 1
-        self._follower.rows((*self._prompt, *range(self._number, self._number + size)), size)
+        self._number += 1
+        new = ((self._number + i) % self._vocab_size for i in range(size))
+        self._follower.rows((*self._prompt, *new), size)
 
     def seconds(self, size: int) -> float:
         """Median."""
