@@ -118,7 +118,8 @@ def _clocked(context: Context) -> Iterator[Row]:
     yield exactly("ablations between speculation and PEARL", between, 2 * len(RATIOS), f"over speculation, {listed}")
     yield from _longer(real)
     far = {r: _best_speculation(real, r)[0] / _makespan(real, r, _schedules(r)["PEARL"]) for r in (8, 12)}
-    note = f"so long a draft seldom survives whole: over speculation {', '.join(f'{g:.3f} at {r}' for r, g in far.items())}"
+    listed = ", ".join(f"{gain:.3f} at {r}" for r, gain in far.items())
+    note = f"so long a draft seldom survives whole; over speculation of the best length: {listed}"
     yield Row("for the record: PEARL with faster drafts", min(far.values()), "-", None, note)
 
 
