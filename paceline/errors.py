@@ -14,6 +14,7 @@ PacelineError
 ├── DownloadError               the network or the index failed: exits with 1
 ├── BusyError                   no room at the moment: try again
 ├── EngineDeadError             the engine stopped; restart it
+├── LaneDiedError               who drafted or verified beside others is gone; without the draft a request goes on
 └── RuleViolation               a draft that makes a false claim about how it was made (a bug in a drafter)
 
 Every error carries `field` (which input is meant, or None) and `fix` (what to do about it, or None); `str(error)`
@@ -91,6 +92,10 @@ class BusyError(PacelineError):
 
 class EngineDeadError(PacelineError):
     """The engine loop has ended and takes no more requests."""
+
+
+class LaneDiedError(PacelineError):
+    """A lane (a thread or stream that drafts or verifies beside others) ended while its work was wanted."""
 
 
 class RuleViolation(PacelineError):

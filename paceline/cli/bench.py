@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-KINDS = ("spec", "load", "replay", "accept", "systems")
+KINDS = ("spec", "load", "replay", "accept", "lanes", "systems")
 
 
 def register(subparsers: Any) -> None:

@@ -312,7 +312,7 @@ def test_rows_after_a_prefix_are_those_of_the_plain_forward(tiny: Context) -> No
     assert ((joint > 0).sum(axis=1) <= 4).all()
 
 
-@pytest.mark.parametrize("name", ["chen", "ems_sd", "rsd", "sequoia", "cape"])
+@pytest.mark.parametrize("name", ["chen", "ems_sd", "rsd", "sequoia", "cape", "pearl", "pipeinfer", "seed"])
 def test_systems_run_on_a_tiny_model(tiny: Context, name: str) -> None:
     """Exactness holds on any model; how long drafts are accepted does not matter here."""
     rows = list(importlib.import_module(f"paceline.bench.systems.{name}").run(tiny))
@@ -321,7 +321,7 @@ def test_systems_run_on_a_tiny_model(tiny: Context, name: str) -> None:
     exact = [
         row for row in rows if row.test.startswith(("E0", "E1", "E2: ", "draft = target", "steps whose", "dynamic"))
     ]
-    assert len(exact) >= {"sequoia": 1, "cape": 1}.get(name, 3)
+    assert len(exact) >= {"sequoia": 1, "cape": 1, "pearl": 2, "pipeinfer": 1, "seed": 1}.get(name, 3)
     assert [row.test for row in exact if not row.passed] == []
 
 

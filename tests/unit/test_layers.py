@@ -1,4 +1,4 @@
-"""Layers: engine > stages > model, cache > types. A module imports only from its own layer's package or below."""
+"""Layers: engine > lanes > stages > model, cache > types. A module imports from its own layer's package or below."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LAYERS = (
     ("cache",),
     RESOURCES,
     STAGES,
+    ("lanes",),
     ("engine",),
     ("outputs",),
     ("llm",),

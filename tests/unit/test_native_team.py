@@ -62,8 +62,10 @@ def test_every_thread_runs_once_and_nobody_leaves_a_barrier_early(team: Team) ->
             _relayed(team, rounds)
 
 
-def test_callers_take_turns(team: Team) -> None:
-    """All share one counter and one row of numbers: were there no lock, results would be mixed up."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_callers_do_not_disturb_each_other(team: Team, threads: int) -> None:
+    """Several threads share one counter and one row of numbers, and take turns; teams of one run side by side."""
+    team = team if threads == 3 else Team(1)
     errors: list[BaseException] = []
 
     def call() -> None:

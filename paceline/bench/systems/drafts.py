@@ -23,10 +23,14 @@ def save_dropped(loaded: LoadedModel, folder: Path, every: int = 2) -> Path:
 
 def save_without_middle(loaded: LoadedModel, folder: Path) -> Path:
     """Save a model that lacks a block of middle layers: it agrees with `loaded` about every other time."""
+    return save_without(loaded, folder, max(1, round(_SHARE * int(loaded.config.num_hidden_layers))))
+
+
+def save_without(loaded: LoadedModel, folder: Path, layers: int) -> Path:
+    """Save a model that lacks so many layers in the middle."""
     count = int(loaded.config.num_hidden_layers)
     first = round(_FIRST * count)
-    dropped = range(first, first + max(1, round(_SHARE * count)))
-    return _save(loaded, folder, [layer for layer in range(count) if layer not in dropped])
+    return _save(loaded, folder, [layer for layer in range(count) if not first <= layer < first + layers])
 
 
 def _save(loaded: LoadedModel, folder: Path, kept: Sequence[int]) -> Path:
