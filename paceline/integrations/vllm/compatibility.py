@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from paceline.integrations.vllm.asking import BOARD
-from paceline.integrations.vllm.controller import Method
 from paceline.integrations.vllm.options import Options
+from paceline.integrations.vllm.step import Method
 
 RAN = ("0.32",)
 """Versions that the tests were run with."""

@@ -16,28 +16,30 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from paceline.config import SamplingParams
 from paceline.engine.request import Request
 from paceline.integrations.vllm.asking import BOARD
 from paceline.integrations.vllm.clock import StepClock
-from paceline.integrations.vllm.controller import Controller, Result, Step
+from paceline.integrations.vllm.controller import Controller
 from paceline.integrations.vllm.metrics import Meter
 from paceline.integrations.vllm.options import request_speculation
+from paceline.integrations.vllm.step import Result, Step
 
 logger = logging.getLogger("vllm.paceline")
 _MOST_ERRORS = 3
 _MOST_IN_FLIGHT = 64
 """Steps whose result may be outstanding; older ones were given up by vLLM."""
-_NO_DRAFTS = -1
-"""vLLM's placeholder for a draft token that does not exist, or not yet."""
 
 
 class _InFlight(NamedTuple):
     """A scheduled step, and when that was."""
 
-    step: Step
+    step: Step | None
+    """None: it goes by the last plan."""
+    asks: int
     scheduled: float
 
 
@@ -106,7 +108,28 @@ class PacedScheduler:
     def _before(self, controller: Controller) -> None:
         """Decide this step, and trim the drafts that are there."""
         scheduled = self._clock.scheduled()
-        decoding, prompt_tokens = [], 0
+        running = self.running  # type: ignore[attr-defined]
+        if controller.is_due(len(running)):
+            started = perf_counter()
+            step = self._plan(controller)
+            step.spent = perf_counter() - started
+            self._next = _InFlight(step, step.asks, scheduled)
+            return
+        if controller.asked:
+            wanted = controller.wanted
+            for request in running:
+                drafts = request.spec_token_ids
+                if drafts:
+                    most = wanted.get(request.request_id)
+                    if most is None:
+                        most = controller.wanted_of(self._known.get(request.request_id) or self._add(request))
+                    if most < len(drafts):
+                        request.spec_token_ids = drafts[:most]
+        self._next = _InFlight(None, controller.asked, scheduled)
+
+    def _plan(self, controller: Controller) -> Step:
+        """A step that is planned anew."""
+        known, decoding, prompt_tokens = self._known, [], 0
         for request in self.running:  # type: ignore[attr-defined]
             if request.is_prefill_chunk or not request.num_output_tokens + request.num_output_placeholders:
                 prompt_tokens += request.num_tokens - request.num_computed_tokens
@@ -114,72 +137,72 @@ class PacedScheduler:
                 decoding.append(request)
         if self.waiting and len(self.running) < self.max_num_running_reqs:  # type: ignore[attr-defined]
             prompt_tokens += self.waiting.peek_request().num_tokens  # type: ignore[attr-defined]
-        if prompt_tokens:
-            prompt_tokens = min(prompt_tokens, self.max_num_scheduled_tokens)  # type: ignore[attr-defined]
-        known = self._known
+        prompt_tokens = min(prompt_tokens, self.max_num_scheduled_tokens)  # type: ignore[attr-defined]
         requests = tuple([known.get(r.request_id) or self._add(r) for r in decoding])
-        drafted = [len(r.spec_token_ids) for r in decoding]
-        tokens = [r.spec_token_ids for r in decoding] if controller.method.shows_drafts else []
-        step = controller.answer(requests, drafted, prompt_tokens)
-        step.tokens = tokens
-        for request, kept, there in zip(decoding, step.kept, drafted, strict=True):
-            if kept < there:
-                request.spec_token_ids = request.spec_token_ids[:kept]
-        self._next = _InFlight(step, scheduled)
+        tokens = [r.spec_token_ids for r in decoding]
+        step = controller.answer(requests, [len(t) for t in tokens], prompt_tokens)
+        if controller.method.shows_drafts:
+            step.tokens = tokens
+        for request, drafts, kept in zip(decoding, tokens, step.kept, strict=True):
+            if kept < len(drafts):
+                request.spec_token_ids = drafts[:kept]
+        return step
 
     def _scheduled(self, controller: Controller, step: _InFlight, output: Any) -> None:
         """Write what is asked for into vLLM's output, and wait for its result."""
         self._next = None
         if controller.method.steerable:
-            output.num_spec_tokens_to_schedule = BOARD.length = step.step.asks
+            output.num_spec_tokens_to_schedule = BOARD.length = step.asks
         if len(self._in_flight) >= _MOST_IN_FLIGHT:
             self._in_flight.clear()
         self._in_flight[id(output)] = step
 
-    def _read(self, step: Step, output: Any, model_output: Any) -> Result:
-        """What came of a step, before vLLM works on it; its time is not known yet."""
+    def _read(self, step: Step | None, output: Any, model_output: Any) -> Result | None:
+        """What came of a planned step, before vLLM works on it; its time is not known yet."""
+        drafts = output.scheduled_spec_decode_tokens
+        if self._meter is not None:
+            self._meter.count(step, drafts, model_output.sampled_token_ids)
+        if step is None:
+            return None
+        started = perf_counter()
         sampled, index = model_output.sampled_token_ids, model_output.req_id_to_index
-        scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
-        invalid = output.num_invalid_spec_tokens or {}
+        scheduled, invalid = output.num_scheduled_tokens, output.num_invalid_spec_tokens or {}
         requests = self.requests  # type: ignore[attr-defined]
-        rows: list[int] = []
-        committed: list[int] = []
-        hits: list[bool] = []
+        read = Result([], [], [], 0, len(scheduled), 0.0)
         decoded = 0
         for i, request in enumerate(step.requests):
             name = request.id
             if name not in scheduled:  # preempted, or left out for want of memory
                 continue
-            verified = drafts.get(name)
-            decoded += 1 + (len(verified) if verified else 0)
-            live = requests.get(name)
-            at = index.get(name)
+            verified = drafts.get(name, ())
+            decoded += 1 + len(verified)
+            live, at = requests.get(name), index.get(name)
             if live is None or at is None or live.is_finished() or live.num_stale_output_tokens:
                 continue
             tokens = sampled[at] if sampled else ()
             if not len(tokens):
                 continue
-            kept = 0
-            if verified:
-                kept = len(verified) - invalid.get(name, 0)
-                if step.tokens and _NO_DRAFTS in verified:
-                    kept = verified.index(_NO_DRAFTS)
+            kept = len(verified)
+            if invalid and kept:
+                kept -= invalid.get(name, 0)
             step.kept[i] = kept
-            rows.append(i)
-            committed.append(len(tokens))
-            hits.append(step.was_right(i, tokens))
-        prompt_tokens = output.total_num_scheduled_tokens - decoded
-        return Result(rows, committed, hits, prompt_tokens, len(scheduled), 0.0)
+            read.rows.append(i)
+            read.committed.append(len(tokens))
+            read.hits.append(step.was_right(i, tokens))
+        result = replace(read, num_prompt_tokens=output.total_num_scheduled_tokens - decoded)
+        step.spent += perf_counter() - started
+        return result
 
     def _learn(self, controller: Controller, found: _InFlight, read: Result | None) -> None:
         busy = bool(self.running or self.waiting)  # type: ignore[attr-defined]
         seconds = self._clock.finished(found.scheduled, busy=busy)
-        if read is not None and read.num_sequences:
-            measured, BOARD.seconds = BOARD.seconds, 0.0
-            result = replace(read, seconds=seconds, draft_seconds=measured)
-            stats = controller.learn(found.step, result)
-            if self._meter is not None:
-                self._meter.count(found.step, result, stats)
+        measured, BOARD.seconds = BOARD.seconds, 0.0
+        if found.step is not None and read is not None and read.num_sequences:
+            started = perf_counter()
+            stats = controller.learn(found.step, replace(read, seconds=seconds, draft_seconds=measured))
+            controller.spent(found.step.spent + perf_counter() - started, seconds)
+            if self._meter is not None and stats is not None:
+                self._meter.expect(stats)
         for request in self._ended:
             controller.forget(request)
         self._ended.clear()

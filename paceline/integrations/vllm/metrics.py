@@ -7,14 +7,13 @@ are counted, and seen only where both are one process.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from paceline.engine.types import StepStats
-    from paceline.integrations.vllm.controller import Result, Step
+    from paceline.integrations.vllm.step import Step
 
 _FLUSH_EVERY = 32
 """Steps whose counts are gathered before they are written: a write to shared files takes microseconds."""
@@ -23,10 +22,11 @@ NAMES = {
     "paceline:chosen_length": "Request steps by draft tokens verified.",
     "paceline:steps": "Decode steps.",
     "paceline:steps_at_zero": "Decode steps in which nobody looked ahead.",
-    "paceline:drafts_trimmed": "Draft tokens that were not worth their verification.",
-    "paceline:drafts_verified": "Draft tokens verified; padding is not counted.",
+    "paceline:drafts_trimmed": "Draft tokens that were not worth their verification (in steps planned anew).",
+    "paceline:drafts_verified": "Draft tokens verified.",
     "paceline:drafts_accepted": "Draft tokens accepted.",
-    "paceline:drafts_expected": "Draft tokens that the estimates expected to be accepted.",
+    "paceline:planned_expected": "Draft tokens that were expected to be accepted in steps planned anew.",
+    "paceline:planned_accepted": "Draft tokens that were accepted in those steps.",
     "paceline:errors": "Steps left to vLLM alone because of an exception.",
 }
 PRICE = "paceline:slot_price"
@@ -41,36 +41,38 @@ class Meter:
     """
 
     def __init__(self, most: int) -> None:
-        self._lengths = np.zeros(most + 1, dtype=np.int64)
+        self._lengths = [0] * (most + 1)
         self._counts: dict[str, float] = dict.fromkeys(NAMES, 0.0)
         self._price: float | None = None
         self._steps = 0
         self._made = _instruments()
 
-    def count(self, step: Step, result: Result, stats: StepStats | None) -> None:
-        """Take in a step."""
-        if not step.requests:
-            return
-        counts = self._counts
+    def count(self, step: Step | None, drafts: Mapping[str, Sequence[int]], sampled: Sequence[Sequence[int]]) -> None:
+        """Take in a step's draft tokens, as they were verified, and what was sampled."""
+        counts, lengths = self._counts, self._lengths
         counts["paceline:steps"] += 1
-        self._price = step.price
-        if any(step.drafted):
-            kept = step.kept
-            verified = sum(kept)
-            counts["paceline:drafts_trimmed"] += max(sum(step.drafted) - verified, 0)
+        if drafts:
+            verified = 0
+            for tokens in drafts.values():
+                lengths[len(tokens)] += 1
+                verified += len(tokens)
             counts["paceline:drafts_verified"] += verified
-            counts["paceline:steps_at_zero"] += not verified
-            self._lengths += np.bincount(np.minimum(kept, len(self._lengths) - 1), minlength=len(self._lengths))
-            if verified:
-                counts["paceline:drafts_accepted"] += sum(result.committed) - len(result.committed)
-                if stats is not None:
-                    counts["paceline:drafts_expected"] += sum(stats.gains.values())
+            lengths[0] += max(len(sampled) - len(drafts), 0)
+            counts["paceline:drafts_accepted"] += max(sum(map(len, sampled)) - len(sampled), 0)
         else:
             counts["paceline:steps_at_zero"] += 1
-            self._lengths[0] += len(step.requests)
+            lengths[0] += len(sampled)
+        if step is not None:
+            self._price = step.price
+            counts["paceline:drafts_trimmed"] += max(sum(step.drafted) - sum(step.kept), 0)
         self._steps += 1
         if self._steps % _FLUSH_EVERY == 0:
             self.flush()
+
+    def expect(self, stats: StepStats) -> None:
+        """Take in what a planned step was expected to bring, and what it did."""
+        self._counts["paceline:planned_expected"] += sum(stats.gains.values())
+        self._counts["paceline:planned_accepted"] += stats.num_committed - stats.num_sampling
 
     def failed(self) -> None:
         """Count an exception."""
@@ -80,9 +82,10 @@ class Meter:
     def flush(self) -> None:
         """Write what was gathered."""
         lengths = self._made["paceline:chosen_length"]
-        for length in self._lengths.nonzero()[0].tolist():
-            lengths.labels(length=str(length)).inc(int(self._lengths[length]))
-        self._lengths[:] = 0
+        for length, count in enumerate(self._lengths):
+            if count:
+                lengths.labels(length=str(length)).inc(count)
+                self._lengths[length] = 0
         for name, value in self._counts.items():
             if value:
                 self._made[name].inc(value)

@@ -12,7 +12,7 @@ _PATTERN = (True, True, False, False)
 FIRST = 16
 _EVERY = 512
 """Steps after which a pair of trial steps tells whether drafts still cost what they did."""
-_PAUSE = 64
+_PAUSE = 128
 """Steps after which one goes without asking, so that the two kinds stay apart."""
 
 
@@ -22,13 +22,21 @@ class Trials:
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
 
+    def on(self, requests: int) -> bool:
+        """Count a step, and say whether it must be planned for the sake of a trial."""
+        level = _level(requests)
+        step = self._steps[level] = self._steps.get(level, -1) + 1
+        return step <= FIRST or step % _EVERY < 4 or step % _PAUSE < 2
+
     def ask(self, requests: int) -> bool | None:
         """Whether to ask for drafts in this step whatever they are worth (None: as the plan says)."""
-        level = int(math.log2(max(requests, 1)) + 0.5)
-        step = self._steps.get(level, 0)
-        self._steps[level] = step + 1
+        step = self._steps.get(_level(requests), 0)
         if step < FIRST:
             return _PATTERN[step % len(_PATTERN)]
         if step % _EVERY < 2:
             return True
         return False if step % _PAUSE == 0 else None
+
+
+def _level(requests: int) -> int:
+    return int(math.log2(max(requests, 1)) + 0.5)
