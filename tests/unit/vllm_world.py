@@ -142,6 +142,9 @@ class World:
     """Draft tokens of every step."""
     asked: list[int] = field(default_factory=list)
     tokens: int = 0
+    current: str = ""
+    offset: int = 0
+    """Of all draft token ids."""
     _made: dict[str, list[int]] = field(default_factory=dict)
 
     def steps(self, count: int) -> None:
@@ -153,7 +156,9 @@ class World:
         drafts = output.scheduled_spec_decode_tokens
         self.verified.append(sum(map(len, drafts.values())))
         self.asked.append(output.num_spec_tokens_to_schedule)
-        sampled = [self._sample(self._made.get(n, []), len(drafts.get(n, ()))) for n in output.num_scheduled_tokens]
+        sampled = []
+        for self.current in output.num_scheduled_tokens:
+            sampled.append(self._sample(self._made.get(self.current, []), len(drafts.get(self.current, ()))))
         self.tokens += sum(map(len, sampled))
         index = {name: i for i, name in enumerate(output.num_scheduled_tokens)}
         noise = float(np.exp(0.02 * self.rng.standard_normal()))
@@ -161,7 +166,8 @@ class World:
         ask = output.num_spec_tokens_to_schedule
         self.clock.time += self.draft_seconds if ask else 0.0
         self.scheduler.update_from_output(output, SimpleNamespace(sampled_token_ids=sampled, req_id_to_index=index))
-        self._made = {r.request_id: self.rng.integers(0, 1000, ask).tolist() for r in self.scheduler.running}
+        low = self.offset
+        self._made = {r.request_id: self.rng.integers(low, low + 1000, ask).tolist() for r in self.scheduler.running}
         for request in self.scheduler.running:
             request.spec_token_ids = [-1] * ask if self.is_async else list(self._made[request.request_id])
 
@@ -171,4 +177,4 @@ class World:
         while right < len(drafts) and self.rng.random() < self.right:
             right += 1
         kept = min(right, verified)
-        return [*drafts[:kept], drafts[kept] if kept < right else 5000]
+        return [*drafts[:kept], drafts[kept] if kept < right else -5]
