@@ -1,11 +1,11 @@
-"""Closed loop inside vLLM: no speculation, stock n-gram at fixed lengths, and Paceline's scheduler, taking turns.
+r"""Closed loop inside vLLM: no speculation, stock n-gram at fixed lengths, and Paceline's scheduler, taking turns.
 
     python benchmarks/vllm/closed_loop.py MODEL --json benchmarks/vllm/cpu_closed_loop.json
-    python benchmarks/vllm/closed_loop.py MODEL --users 1 8 32 128 --graphs --max-num-seqs 128 \
-        --engine '{"gpu_memory_utilization": 0.15}' --json benchmarks/vllm/gpu_closed_loop.json
+    python benchmarks/vllm/closed_loop.py MODEL --users 1 8 32 128 --graphs --max-num-seqs 128 --threading-layer '' \
+        --settings none ngram-4 'ngram-4 paced' --engine '{"gpu_memory_utilization": 0.2}'         (on a GPU)
 
-Every setting is a vLLM engine in a process of its own; all stay loaded, and one works at a time. A user asks a question,
-waits for the whole answer (greedy, `ignore_eos`, so that all settings write equally much), and asks the next. In every
+Every setting is a vLLM engine in a process of its own; all stay loaded, and one works at a time. A user asks a
+question, waits for the whole answer (greedy, `ignore_eos`, so that all settings write equally much), and asks the next. In every
 repeat all settings get the same questions, in another order of settings. Ratios are medians over repeats with their
 range; against the best stock setting, that one is chosen on the even repeats and compared on the odd ones. With
 `--hooks` the time in Paceline's hooks is measured as well, at 64 requests (`--hook-users`).
@@ -200,7 +200,8 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> list[dict[str, An
             )
             texts = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (over_none, over_best)]
             lost = "  loses" if over_none[0] < 0.99 else ""
-            print(f"{users:>5}  {name:<18} {rows[-1]['tokens_per_second']:>8.1f}  {texts[0]:<20} {texts[1]} ({best}){lost}")
+            rate = rows[-1]["tokens_per_second"]
+            print(f"{users:>5}  {name:<18} {rate:>8.1f}  {texts[0]:<20} {texts[1]} ({best}){lost}")
     for name, values in found["hook_us"].items():
         print(f"hooks at {args.hook_users} requests, {name}: {min(values):.0f} microseconds a step")
     return rows
@@ -231,10 +232,13 @@ def main() -> None:
     found = measure(args)
     rows = report(args, found)
     if args.json:
+        import torch
+
         from paceline.bench.host import host_info
         from paceline.cli.vllm_serve import vllm_version
 
-        about = {"vllm": vllm_version(), "model": Path(args.model).name, "host": host_info(), "command": sys.argv[1:]}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        about = {"vllm": vllm_version(), "model": Path(args.model).name, **host_info(args.dtype, device)}
         Path(args.json).write_text(json.dumps({**about, "rows": rows, **found}, indent=1) + "\n", encoding="utf-8")
 
 

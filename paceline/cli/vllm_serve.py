@@ -85,7 +85,9 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
     given = _value(result, "--scheduler-cls")
     if given not in (None, SCHEDULER):
         raise ConfigError(
-            f"is {given}, and Paceline brings its own.", field="--scheduler-cls", fix="Leave it out, or use `vllm serve`."
+            f"is {given}, and Paceline brings its own.",
+            field="--scheduler-cls",
+            fix="Leave it out, or use `vllm serve`.",
         )
     if given is None:
         result += ["--scheduler-cls", SCHEDULER]

@@ -34,7 +34,9 @@ def register(kinds: Any) -> None:
         epilog=EPILOG,
     )
     parser.add_argument("model", metavar="MODEL", help="what `vllm serve` would get")
-    parser.add_argument("--speculative-config", type=_object, default=NGRAM, metavar="JSON", help="vLLM's; default n-gram")
+    parser.add_argument(
+        "--speculative-config", type=_object, default=NGRAM, metavar="JSON", help="vLLM's; default n-gram"
+    )
     parser.add_argument("--engine", type=_object, default={}, metavar="JSON", help="more options of vLLM's LLM class")
     parser.add_argument("--batch-sizes", type=_numbers, default=[1, 2, 4, 8, 16, 32], metavar="N,N,...")
     parser.add_argument("--lengths", type=_numbers, metavar="K,K,...", help="default: 0, 1, 2, 4, .. up to the most")
@@ -66,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(
-    args: argparse.Namespace, spec: dict[str, Any], lengths: list[int]
-) -> dict[int, dict[int, list[float]]]:
+def measure(args: argparse.Namespace, spec: dict[str, Any], lengths: list[int]) -> dict[int, dict[int, list[float]]]:
     """Output tokens per second of every repeat, by batch size and length, in one engine, interleaved."""
     from paceline.bench.spec import builtin_questions, parse_questions
     from paceline.cli.options import read_jsonl

@@ -76,7 +76,9 @@ def generate(model: Path, *, spec: dict[str, Any] | None = None, paced: bool = T
 @pytest.fixture(scope="session")
 def plain(model: Path) -> list[dict[str, list[int]]]:
     """Stock vLLM without speculation, at batch 1, 7 and 32."""
-    texts: list[dict[str, list[int]]] = generate(model, paced=False, jobs=[PROMPTS[:1], PROMPTS[4:11], PROMPTS])["texts"]
+    texts: list[dict[str, list[int]]] = generate(model, paced=False, jobs=[PROMPTS[:1], PROMPTS[4:11], PROMPTS])[
+        "texts"
+    ]
     return texts
 
 

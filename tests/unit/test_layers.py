@@ -23,6 +23,7 @@ LAYERS = (
     ("outputs",),
     ("llm",),
     ("train",),
+    ("integrations",),
     ("cli", "bench", "server"),
 )
 

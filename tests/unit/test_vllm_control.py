@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm_world import Clock, FakeRequest, FakeScheduler, World
 
 from paceline.errors import ConfigError
 from paceline.integrations.vllm.asking import BOARD
@@ -20,7 +21,6 @@ from paceline.integrations.vllm.first_costs import FirstCosts
 from paceline.integrations.vllm.hooks import PacedScheduler
 from paceline.integrations.vllm.options import Options, request_speculation
 from paceline.integrations.vllm.step import Method, Result, Step
-from vllm_world import Clock, FakeRequest, FakeScheduler, World
 
 
 class Paced(PacedScheduler, FakeScheduler):
@@ -118,7 +118,7 @@ def test_a_cap_and_an_opt_out_hold_in_every_step() -> None:
 def test_uniform_takes_one_length_of_the_listed() -> None:
     w = world(6, right=0.8, step_seconds=linear(0.01, 1e-6), method={"lengths": (0, 2, 4), "forwards": True})
     w.steps(400)
-    assert {n for n in w.asked[40:]} <= {0, 2, 4}
+    assert set(w.asked[40:]) <= {0, 2, 4}
     assert {n % 6 for n in w.verified[120:]} == {0}
     assert verified(w) > 1.5
 
@@ -201,7 +201,10 @@ def test_a_rejection_counts_against_its_position() -> None:
     step = controller.answer((request,), [3])
     step.kept = [3]
     controller.learn(step, Result([0], [2], [False], 0, 1, 0.01))
-    first, second, third = (controller.estimates.tables()["ngram"] - Controller(Method("ngram", 3), Options(), 9).estimates.tables()["ngram"]).tolist()
+    first, second, third = (
+        controller.estimates.tables()["ngram"]
+        - Controller(Method("ngram", 3), Options(), 9).estimates.tables()["ngram"]
+    ).tolist()
     assert first > 0 > second
     assert third == 0
 
@@ -305,7 +308,9 @@ def test_the_first_steps_tell_tokens_from_drafting() -> None:
     rng = np.random.default_rng(0)
     for i in range(20):
         asked, tokens = i % 4 in (0, 1), 5 if i % 4 in (1, 2) else 1
-        seconds = (0.01 + 0.001 * tokens + 0.004 * asked) * (5.0 if i == 7 else float(np.exp(0.02 * rng.standard_normal())))
+        seconds = (0.01 + 0.001 * tokens + 0.004 * asked) * (
+            5.0 if i == 7 else float(np.exp(0.02 * rng.standard_normal()))
+        )
         costs.add(tokens, 0, asked=asked, seconds=seconds)
     costs.add(500, 499, asked=False, seconds=0.9)
     table = costs.table()
@@ -325,7 +330,7 @@ def test_what_drafting_takes_is_what_steps_without_it_do_not() -> None:
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import paceline.integrations.vllm as package
 
-    monkeypatch.setattr(package, "find_spec", lambda name: None)
+    monkeypatch.setattr(package, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"paceline\[vllm\]"):
         _ = package.scheduler
     with pytest.raises(AttributeError):

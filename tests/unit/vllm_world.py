@@ -3,7 +3,7 @@ a given time, and the scheduler hands out tokens as vLLM's does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -134,7 +134,7 @@ class World:
     scheduler: Any
     clock: Clock
     right: float = 0.7
-    step_seconds: Callable[[int], float] = lambda tokens: 0.01
+    step_seconds: Callable[[int], float] = lambda _: 0.01
     draft_seconds: float = 0.0
     is_async: bool = False
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))

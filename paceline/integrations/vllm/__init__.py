@@ -1,6 +1,7 @@
 """Paceline inside vLLM: a scheduler that sets the pace, and drafters of our own.
 
-    vllm serve MODEL --speculative-config '{"method": "ngram", ...}' --scheduler-cls paceline.integrations.vllm.scheduler
+    vllm serve MODEL --speculative-config '{"method": "ngram", ...}'
+               --scheduler-cls paceline.integrations.vllm.scheduler
 
 vLLM keeps everything else: API, models, parallelism, metrics. `docs/vllm.md` says what fits with what. Names that need
 vLLM are imported when they are taken, so the rest of this package can be used, and tested, without it.

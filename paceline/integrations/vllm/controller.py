@@ -86,6 +86,11 @@ class Controller:
         self.wanted: dict[str, int] = {}
         """Most draft tokens that are worth verifying, by request id, until the next plan."""
 
+    @property
+    def warm(self) -> bool:
+        """Whether costs are known, so that the plan decides."""
+        return self._policy is not None
+
     def is_due(self, requests: int) -> bool:
         """Whether the next step, with about so many requests, is planned anew. Asked once before every step."""
         self._since += 1
@@ -152,7 +157,9 @@ class Controller:
 
     def spent(self, seconds: float, step_seconds: float) -> None:
         """Take in what planning a step, reading it and learning from it took; so seldom is planned anew."""
-        self._planning = _KEEP * (self._planning or seconds) + (1.0 - _KEEP) * min(seconds, 4.0 * self._planning or seconds)
+        self._planning = _KEEP * (self._planning or seconds) + (1.0 - _KEEP) * min(
+            seconds, 4.0 * self._planning or seconds
+        )
         self._step_seconds = _KEEP * (self._step_seconds or step_seconds) + (1.0 - _KEEP) * step_seconds
         self._plans += 1
         allowed = min(_TIME_SHARE * self._step_seconds, _MOST_SECONDS)

@@ -46,6 +46,8 @@ class _InFlight(NamedTuple):
 class PacedScheduler:
     """Mixed in before vLLM's scheduler class."""
 
+    dynamic_sd_lookup: list[int] | None
+    """vLLM's: draft tokens to ask for, by number of requests."""
     _controller: Controller | None = None
     _meter: Meter | None = None
 
@@ -236,4 +238,3 @@ class PacedScheduler:
             self._controller = None
             self.dynamic_sd_lookup = self._stock_lookup
             BOARD.length = None
-

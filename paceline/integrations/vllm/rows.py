@@ -104,7 +104,8 @@ def _begins(row: NDArray[np.int32], count: int, tokens: list[int]) -> bool:
     if size > count:
         return False
     start = max(size - _CHECKED, 0)
-    return tokens[start:] == row[start:size].tolist() and tokens[:_CHECKED] == row[: min(size, _CHECKED)].tolist()
+    newest, first = row[start:size].tolist(), row[: min(size, _CHECKED)].tolist()
+    return bool(tokens[start:] == newest and tokens[:_CHECKED] == first)
 
 
 def _length(row: Row) -> int:
