@@ -12,7 +12,7 @@ from paceline.integrations.vllm.step import Method
 
 RAN = ("0.32",)
 """Versions that the tests were run with."""
-READ = ("0.33",)
+READ = ("0.25", "0.30", "0.31", "0.33")
 """Versions whose hooks were only read to be the same."""
 _LISTS = ("ngram", "suffix", "custom_class")
 """Methods whose drafts have a length of their own for every request."""
@@ -56,7 +56,7 @@ def judge(version: str, hooks_missing: Sequence[str], config: Any, options: Opti
         return Verdict(None, "there is no --speculative-config, so there is nothing to pace")
     if not version_known(version) or hooks_missing:
         why = f", whose scheduler has no {', '.join(hooks_missing)}" if hooks_missing else ""
-        known = ", ".join(RAN + READ)
+        known = ", ".join(sorted(RAN + READ))
         return Verdict(None, f"vLLM {version} is not known to fit{why} (known: {known}); serving without", warns=True)
     if getattr(spec, "enable_adaptive_verification", False):
         return Verdict(None, f"vLLM's own adaptive verification sets the pace of {spec.method}")

@@ -179,7 +179,7 @@ class PacedScheduler:
             verified = drafts.get(name, ())
             decoded += 1 + len(verified)
             live, at = requests.get(name), index.get(name)
-            if live is None or at is None or live.is_finished() or live.num_stale_output_tokens:
+            if live is None or at is None or live.is_finished() or _is_stale(live):
                 continue
             tokens = sampled[at] if sampled else ()
             if not len(tokens):
@@ -238,3 +238,8 @@ class PacedScheduler:
             self._controller = None
             self.dynamic_sd_lookup = self._stock_lookup
             BOARD.length = None
+
+
+def _is_stale(request: Any) -> bool:
+    """Whether what comes for a request is older than its preemption (named otherwise before 0.30)."""
+    return bool(getattr(request, "num_stale_output_tokens", 0) or getattr(request, "async_tokens_to_discard", 0))
