@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm_world import Clock, FakeRequest, FakeScheduler, World
+from vllm_world import AsyncWorld, Clock, FakeAsyncScheduler, FakeRequest, FakeScheduler, World
 
 from paceline.errors import ConfigError
 from paceline.integrations.vllm.asking import BOARD
@@ -27,6 +27,10 @@ class Paced(PacedScheduler, FakeScheduler):
     """As the factory makes it."""
 
 
+class PacedAsync(PacedScheduler, FakeAsyncScheduler):
+    """The same under async scheduling."""
+
+
 @pytest.fixture(autouse=True)
 def _clean_board() -> Any:
     yield
@@ -36,14 +40,16 @@ def _clean_board() -> Any:
 def world(requests: int, *, most: int = 4, options: Options | None = None, method: Any = None, **habits: Any) -> World:
     """A paced world; `habits` are the world's."""
     clock = Clock()
-    scheduler = Paced(most)
-    is_async = habits.get("is_async", False)
+    is_async = habits.pop("is_async", False)
+    scheduler = PacedAsync(most) if is_async else Paced(most)
     made = Method("ngram", most, shows_drafts=not is_async, **(method or {}))
     scheduler.pace_with(Controller(made, options or Options(metrics=False), 100_000), None)
     scheduler._clock = StepClock(clock)
+    controller = scheduler._controller
+    controller.spent = lambda *_: setattr(controller, "_every", 4)  # otherwise real time decides how often is planned
     for i in range(requests):
         scheduler.add(FakeRequest(str(i)))
-    return World(scheduler, clock, **habits)
+    return (AsyncWorld if is_async else World)(scheduler, clock, **habits)
 
 
 def linear(fixed: float, per_token: float) -> Callable[[int], float]:
@@ -137,7 +143,6 @@ def test_a_cut_does_not_depend_on_the_drafted_tokens() -> None:
     for offset in (0, 500_000):
         w = world(8, right=0.6, step_seconds=linear(0.01, 3e-4))
         w.offset = offset
-        w.scheduler._controller.spent = lambda *_: None  # how often is planned depends on real time
         w.steps(300)
         counts.append(w.verified)
     assert counts[0] == counts[1]

@@ -136,7 +136,6 @@ class World:
     right: float = 0.7
     step_seconds: Callable[[int], float] = lambda _: 0.01
     draft_seconds: float = 0.0
-    is_async: bool = False
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     verified: list[int] = field(default_factory=list)
     """Draft tokens of every step."""
@@ -169,7 +168,7 @@ class World:
         low = self.offset
         self._made = {r.request_id: self.rng.integers(low, low + 1000, ask).tolist() for r in self.scheduler.running}
         for request in self.scheduler.running:
-            request.spec_token_ids = [-1] * ask if self.is_async else list(self._made[request.request_id])
+            request.spec_token_ids = list(self._made[request.request_id])
 
     def _sample(self, drafts: list[int], verified: int) -> list[int]:
         """What the model says: the draft, as far as it is right, and one token more behind what is verified."""
@@ -178,3 +177,63 @@ class World:
             right += 1
         kept = min(right, verified)
         return [*drafts[:kept], drafts[kept] if kept < right else -5]
+
+
+class FakeAsyncScheduler(FakeScheduler):
+    """As `AsyncScheduler`: the next step is scheduled before the result of this one, with placeholders for drafts."""
+
+    def _update_after_schedule(self, output: FakeOutput) -> None:
+        super()._update_after_schedule(output)
+        placeholders = [-1] * output.num_spec_tokens_to_schedule
+        for name in output.num_scheduled_tokens:
+            request = self.requests[name]
+            request.num_output_placeholders += 1 + len(output.scheduled_spec_decode_tokens.get(name, ()))
+            request.spec_token_ids = placeholders
+
+    def schedule(self) -> FakeOutput:
+        for request in self.running:
+            if request.num_output_placeholders:  # what is in flight counts as computed
+                request.num_computed_tokens = request.num_tokens - 1
+        return super().schedule()
+
+    def update_from_output(self, output: FakeOutput, model_output: Any) -> dict[int, Any]:
+        for name in output.num_scheduled_tokens:
+            if name in self.requests:
+                drafts = output.scheduled_spec_decode_tokens.get(name, ())
+                self.requests[name].num_output_placeholders -= 1 + len(drafts)
+        return super().update_from_output(output, model_output)
+
+
+@dataclass
+class AsyncWorld(World):
+    """Two steps are in flight; the model works on one at a time."""
+
+    in_flight: list[tuple[FakeOutput, int]] = field(default_factory=list)
+    """Outputs, and how much was drafted for each."""
+    free_at: float = 0.0
+    ask: int = 0
+
+    def step(self) -> None:
+        output = self.scheduler.schedule()
+        drafts = output.scheduled_spec_decode_tokens
+        assert all(len(tokens) <= self.ask for tokens in drafts.values()), "more is verified than was drafted"
+        self.verified.append(sum(map(len, drafts.values())))
+        self.asked.append(output.num_spec_tokens_to_schedule)
+        self.in_flight.append((output, self.ask))
+        self.ask = output.num_spec_tokens_to_schedule
+        if len(self.in_flight) == 2:
+            self._result()
+
+    def _result(self) -> None:
+        output, drafted = self.in_flight.pop(0)
+        drafts = output.scheduled_spec_decode_tokens
+        names = list(output.num_scheduled_tokens)
+        sampled = [self._sample(list(range(drafted)), len(drafts.get(name, ()))) for name in names]
+        self.tokens += sum(map(len, sampled))
+        asks = output.num_spec_tokens_to_schedule
+        noise = float(np.exp(0.02 * self.rng.standard_normal()))
+        seconds = noise * self.step_seconds(output.total_num_scheduled_tokens) + (self.draft_seconds if asks else 0.0)
+        self.free_at = max(self.free_at, self.clock.time) + seconds
+        self.clock.time = self.free_at
+        index = {name: i for i, name in enumerate(names)}
+        self.scheduler.update_from_output(output, SimpleNamespace(sampled_token_ids=sampled, req_id_to_index=index))

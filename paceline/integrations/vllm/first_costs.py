@@ -38,6 +38,8 @@ class FirstCosts:
 
     def add(self, tokens: int, prompt_tokens: int, *, asked: bool, seconds: float) -> None:
         """Take in a step: tokens of its forward, and how many of them were a prompt's."""
+        if tokens < 1:
+            return
         if not prompt_tokens:
             self._decodes.append(_Seen(tokens, asked, seconds))
         elif self._prefill is None or seconds / tokens < self._prefill[1] / self._prefill[0]:
