@@ -5,10 +5,10 @@ r"""Closed loop inside vLLM: no speculation, stock n-gram at fixed lengths, and 
         --settings none ngram-4 'ngram-4 paced' --engine '{"gpu_memory_utilization": 0.2}'         (on a GPU)
 
 Every setting is a vLLM engine in a process of its own; all stay loaded, and one works at a time. A user asks a
-question, waits for the whole answer (greedy, `ignore_eos`, so that all settings write equally much), and asks the next. In every
-repeat all settings get the same questions, in another order of settings. Ratios are medians over repeats with their
-range; against the best stock setting, that one is chosen on the even repeats and compared on the odd ones. With
-`--hooks` the time in Paceline's hooks is measured as well, at 64 requests (`--hook-users`).
+question, waits for the whole answer (greedy, `ignore_eos`, so that all settings write equally much), and asks the next.
+In every repeat all settings get the same questions, in another order of settings. Ratios are medians over repeats with
+their range; against the best stock setting, that one is chosen on the even repeats and compared on the odd ones. With
+`--hooks` the processor time of Paceline's hooks is measured as well, at 64 requests (`--hook-users`).
 """
 
 from __future__ import annotations

@@ -78,6 +78,16 @@ def test_zero_within_a_hundred_steps_where_drafting_loses(requests: int, is_asyn
     assert verified(w, 300) < 0.25
 
 
+def test_a_look_lasts_one_step_however_seldom_is_planned() -> None:
+    w = world(64, right=0.15, step_seconds=linear(0.01, 5e-4), draft_seconds=0.005)
+    controller = w.scheduler._controller
+    controller.spent = lambda *_: setattr(controller, "_every", 32)
+    w.steps(1000)
+    runs = "".join("x" if n else " " for n in w.asked[300:]).split()
+    assert runs, "looks come now and then"
+    assert max(map(len, runs)) <= 2
+
+
 def test_as_fast_as_plain_decoding_where_drafting_loses() -> None:
     habits = {"right": 0.15, "step_seconds": linear(0.01, 5e-4), "draft_seconds": 0.005}
     w = world(16, **habits)
