@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ class Worker:
         raise RuntimeError("a vLLM engine ended; its errors are above")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Rates by users, setting and repeat."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rates by users, setting and repeat: what there is, after every number of users."""
     lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
     pool = [json.loads(line)["turns"][0] for line in lines]
     workers = {}
@@ -155,26 +155,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     hooks: dict[str, list[float]] = {}
     order = random.Random(0)
     try:
-        for name in args.settings:  # pays for what is set up once, and lets the pace settle
-            workers[name].ask(questions=pool[:8], users=4, max_tokens=args.max_tokens)
+        for name in args.settings:  # pays for what is set up once
+            workers[name].ask(questions=pool[:1], users=1, max_tokens=args.max_tokens)
         for users in args.users:
             rates[users] = {name: [] for name in args.settings}
-            for repeat in range(args.repeats):
+            for repeat in range(-args.settle, args.repeats):  # the first ones let the pace settle at this load
                 asked = order.sample(pool * (1 + args.rounds * users // len(pool)), args.rounds * users)
                 for name in order.sample(list(args.settings), len(args.settings)):
                     done = workers[name].ask(questions=asked, users=users, max_tokens=args.max_tokens)
-                    rates[users][name].append(done["rate"])
+                    if repeat >= 0:
+                        rates[users][name].append(done["rate"])
                 print(f"{users} users, repeat {repeat + 1}", file=sys.stderr, flush=True)
+            yield {"rates": rates, "hook_us": hooks}
         if args.hooks:
             asked = order.sample(pool * (1 + 2 * args.hook_users // len(pool)), args.hook_users)
             for name in [n for n in args.settings if SETTINGS[n][1]]:
                 for _ in range(2):
                     done = workers[name].ask(questions=asked, users=args.hook_users, max_tokens=args.max_tokens)
                     hooks.setdefault(name, []).append(done["hook_us"])
+            yield {"rates": rates, "hook_us": hooks}
     finally:
         for worker in workers.values():
             worker.close()
-    return {"rates": rates, "hook_us": hooks}
 
 
 def ratio(rates: dict[str, list[float]], name: str, other: str, repeats: Sequence[int]) -> tuple[float, float, float]:
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="questions of each user in a repeat")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--settle", type=int, default=1, help="repeats at every load that are not counted")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--threading-layer", default="workqueue", help="Numba's, for n-gram drafts ('': its default)")
     parser.add_argument("--hooks", action="store_true", help="measure the time in Paceline's hooks")
@@ -229,17 +232,22 @@ def main() -> None:
     if args.worker:
         work(json.loads(args.worker))
         return
-    found = measure(args)
-    rows = report(args, found)
-    if args.json:
-        import torch
+    for found in measure(args):
+        rows = report(args, found)
+        if args.json:
+            write(args, {"rows": rows, **found})
 
-        from paceline.bench.host import host_info
-        from paceline.cli.vllm_serve import vllm_version
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        about = {"vllm": vllm_version(), "model": Path(args.model).name, **host_info(args.dtype, device)}
-        Path(args.json).write_text(json.dumps({**about, "rows": rows, **found}, indent=1) + "\n", encoding="utf-8")
+def write(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Keep what was found, with what it was measured on."""
+    import torch
+
+    from paceline.bench.host import host_info
+    from paceline.cli.vllm_serve import vllm_version
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = {"vllm": vllm_version(), "model": Path(args.model).name, **host_info(args.dtype, device)}
+    Path(args.json).write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

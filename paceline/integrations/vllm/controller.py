@@ -254,7 +254,8 @@ class Controller:
         """How much to draft for the next step."""
         method = self.method
         if trial is True or plan is None:
-            return method.most if trial else 0
+            longest = method.most if method.lengths is None else max(method.lengths)
+            return longest if trial else 0
         if trial is False or not plan.looks_ahead:
             return 0
         if method.lengths is not None:
