@@ -40,9 +40,9 @@ _PRIOR = (0.45, 0.75)
 """First guess of the acceptance of the first position, and of the later ones, whose parent was accepted."""
 _GLIMPSE = 8
 """Requests of which one draft token is verified in a look, where trimmed ones cannot be judged."""
-_TIME_SHARE, _MOST_SECONDS = 0.015, 50e-6
+_TIME_SHARE, _MOST_SECONDS = 0.015, 40e-6
 """What planning may take of a step's time, and in seconds a step, on average."""
-_FIRST_PLANS, _FIRST_SHARE = 100, 4.0
+_FIRST_PLANS, _FIRST_SHARE = 40, 4.0
 """Plans in which most is learned, so that they may take so many times more."""
 _LONGEST = 32
 """Steps at most that go by one plan."""
@@ -115,6 +115,8 @@ class Controller:
             step.chances = self._chances(requests, known) if any(drafted) or self.method.lengths else None
             if any(drafted):
                 self._cut(step, known, plan)
+            else:
+                self.wanted = {}  # nothing was weighed, so the next drafts are verified as far as caps allow
             step.asks = self._ask(step, plan, trial)
             self._plan, self._trial = plan, trial is True
         if not self.method.steerable:

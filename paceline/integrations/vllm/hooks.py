@@ -118,14 +118,14 @@ class PacedScheduler:
             self._next = _InFlight(step, step.asks, scheduled)
             return
         if controller.asked:
-            wanted = controller.wanted
+            wanted = controller.wanted.get
             for request in running:
                 drafts = request.spec_token_ids
                 if drafts:
-                    most = wanted.get(request.request_id)
-                    if most is None:
-                        most = controller.wanted_of(self._known.get(request.request_id) or self._add(request))
+                    most = wanted(request.request_id, -1)
                     if most < len(drafts):
+                        if most < 0:
+                            most = controller.wanted_of(self._known.get(request.request_id) or self._add(request))
                         request.spec_token_ids = drafts[:most]
         self._next = _InFlight(None, controller.asked, scheduled)
 

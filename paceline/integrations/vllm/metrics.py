@@ -7,6 +7,7 @@ are counted, and seen only where both are one process.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,10 @@ class Meter:
         counts, lengths = self._counts, self._lengths
         counts["paceline:steps"] += 1
         if drafts:
-            verified = 0
-            for tokens in drafts.values():
-                lengths[len(tokens)] += 1
-                verified += len(tokens)
-            counts["paceline:drafts_verified"] += verified
+            sizes = [*map(len, drafts.values())]
+            for length, times in Counter(sizes).items():
+                lengths[length] += times
+            counts["paceline:drafts_verified"] += sum(sizes)
             lengths[0] += max(len(sampled) - len(drafts), 0)
             counts["paceline:drafts_accepted"] += max(sum(map(len, sampled)) - len(sampled), 0)
         else:
@@ -97,11 +97,11 @@ class Meter:
 @cache
 def _instruments() -> dict[str, Any]:
     """Made once for a process: the registry takes every name only once."""
-    from prometheus_client import Counter, Gauge
+    from prometheus_client import Counter as Counts
+    from prometheus_client import Gauge
 
     made: dict[str, Any] = {
-        name: Counter(name, text, ["length"] if name == "paceline:chosen_length" else [])
-        for name, text in NAMES.items()
+        name: Counts(name, text, ["length"] if name == "paceline:chosen_length" else []) for name, text in NAMES.items()
     }
     made[PRICE] = Gauge(PRICE, _PRICE_HELP, multiprocess_mode="mostrecent")
     return made

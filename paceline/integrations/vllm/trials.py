@@ -26,7 +26,7 @@ class Trials:
         """Count a step, and say whether it must be planned for the sake of a trial."""
         level = _level(requests)
         step = self._steps[level] = self._steps.get(level, -1) + 1
-        return step <= FIRST or step % _EVERY < 4 or step % _PAUSE < 2
+        return step <= FIRST or step % _EVERY < 3 or step % _PAUSE == 0
 
     def ask(self, requests: int) -> bool | None:
         """Whether to ask for drafts in this step whatever they are worth (None: as the plan says)."""
