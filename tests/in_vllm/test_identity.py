@@ -125,6 +125,7 @@ def test_draft_model(model: Path, plain: list[dict[str, list[int]]]) -> None:
     check_paced(made["about"], base="Scheduler")
 
 
+@pytest.mark.filterwarnings("ignore")  # of vLLM's own imports
 def test_async_scheduling_gets_its_own_class() -> None:
     """A subclass of the sync scheduler would never be given drafts there."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
