@@ -19,7 +19,7 @@ from typing import NoReturn
 from paceline.cli.options import package_version
 from paceline.errors import InputError, PacelineError
 
-COMMANDS = ("demo", "generate", "chat", "serve", "pull", "profile", "bench", "train")
+COMMANDS = ("demo", "generate", "chat", "serve", "pull", "profile", "bench", "train", "vllm")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

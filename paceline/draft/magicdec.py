@@ -4,8 +4,8 @@ At long contexts, and in large batches, reading keys and values takes most of a 
 tokens of the context costs a fraction of the target's, and there is no second model to hold. Verification reads all.
 
 Options: `budget` (tokens read; without it the best of a few is chosen from measured acceptance and times, for each
-size of context), `select` (`recent`: sinks and latest; `query`: what the latest tokens attend to; `random`: a control)
-and `sinks`.
+size of context), `select` (`recent`: sinks and latest, what is used if nothing is said; `query`: what the latest tokens
+attend to, dearer to choose; `random`: a control) and `sinks`.
 
 The published code drafts greedily and keeps a draft cache; here any acceptance rule, tree shape and temperature works,
 and there is no draft cache: drafts read the target's own blocks.
@@ -44,7 +44,7 @@ class MagicDecDrafter(SelfDrafter):
         shape: how trees grow.
         stop_ids: the target's end tokens.
         budget: tokens read; None: chosen.
-        select: which ones; None: chosen, too, or `recent` with a budget.
+        select: which ones; None: `recent`.
         sinks: tokens at the start that are always read.
 
     Raises:
@@ -72,9 +72,9 @@ class MagicDecDrafter(SelfDrafter):
                 fix="Choose another drafter for it.",
             )
         self._target = target
-        selects = (select or "recent",) if budget is not None or select is not None else ("recent", "query")
-        self._budgets = (budget,) if budget is not None else _BUDGETS
-        self._views = {f"{s} {b}": (_view(s, b, sinks, target), b) for s in selects for b in self._budgets}
+        chosen = select or "recent"
+        budgets = _BUDGETS if budget is None else (budget,)
+        self._views = {f"{chosen} {b}": (_view(chosen, b, sinks, target), b) for b in budgets}
         super().__init__(
             target,
             vocab_size=vocab_size,

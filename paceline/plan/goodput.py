@@ -81,6 +81,23 @@ class PricedCut:
             size = self._best(worth[: _last(times[:size] <= limit)], times)
         return size
 
+    def common_length(self, survival: FloatArray, lengths: Sequence[int], drafting: FloatArray) -> int:
+        """The one length, of those allowed, that is worth most when every request gets it; 0 if none is.
+
+        Args:
+            survival: of every request's chain down to each depth.  # [num_sampling, most]
+            lengths: that may be chosen.
+            drafting: seconds that drafting to each of them takes.  # [len(lengths)]
+        """
+        best, chosen = 0.0, 0
+        for length, seconds in zip(lengths, drafting.tolist(), strict=True):
+            nodes = min(length * len(survival), len(self.times) - 1)
+            extra = float(self.times[nodes] - self.times[0]) + seconds
+            value = float(survival[:, :length].sum()) - self.goodput * extra
+            if value > best:
+                best, chosen = value, length
+        return chosen
+
     def _best(self, worth: FloatArray, times: FloatArray) -> int:
         """The size of greatest value among the first ones."""
         if not len(worth):
@@ -143,6 +160,7 @@ class GoodputLength:
         share: most that a step may be lengthened, beyond what goodput asks for, for requests of greater weight.
         protect: most that a request's expected rate may fall below plain decoding, as far as verification decides it;
             None: goodput decides alone.
+        stops: whether a draft model can be asked after every forward; otherwise its depth is planned beforehand.
     """
 
     def __init__(
@@ -153,6 +171,7 @@ class GoodputLength:
         *,
         share: float = SHARE,
         protect: float | None = None,
+        stops: bool = True,
     ) -> None:
         self._drafters = tuple(drafters)
         self._most = sum(d.most for d in drafters)
@@ -164,7 +183,7 @@ class GoodputLength:
         self._usage = Usage()
         self._step = 0
         self._costly = frozenset(d.name for d in drafters if d.cost_per_token)
-        self._levels = DraftLevels(estimates, cost, self._usage, dynamic=len(self._costly) == 1)
+        self._levels = DraftLevels(estimates, cost, self._usage, dynamic=stops and len(self._costly) == 1)
         self._fixed = frozenset(d.name for d in drafters if d.fixed)
         self._readers = {d.name: d.most for d in drafters if d.most and not d.fixed and not d.cost_per_token}
         """Drafters that read tokens only, and the most that they may propose."""

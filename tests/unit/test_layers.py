@@ -24,6 +24,7 @@ LAYERS = (
     ("outputs",),
     ("llm",),
     ("train",),
+    ("integrations",),
     ("cli", "bench", "server"),
 )
 
