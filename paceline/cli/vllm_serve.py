@@ -44,12 +44,17 @@ def register(kinds: Any) -> None:
         prefix_chars="\0",  # every option is vLLM's, --help too
         add_help=False,
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    parser.set_defaults(run=run)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=run, show=parser.format_help)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check, then become `vllm serve`."""
+    asks_for_help = not args.arguments or {"--help", "-h"} & set(args.arguments)
+    if asks_for_help:
+        print(args.show(), flush=True)
+        if find_spec("vllm") is None or not args.arguments:
+            return 0
     require_vllm()
     arguments = with_defaults(args.arguments)
     environment = dict(os.environ)
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         environment["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="paceline-vllm-metrics-")
     # Numba's other threading layers spin beside the engine's own threads: n-gram drafts then slow every step down.
     environment.setdefault("NUMBA_THREADING_LAYER", "workqueue")
-    if "--help" not in arguments and "-h" not in arguments:
+    if not asks_for_help:
         print(f"Paceline: {check(arguments)}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     os.execve(sys.executable, command, environment)

@@ -43,6 +43,13 @@ def test_without_vllm_the_command_says_what_to_install(kind: str, capsys: pytest
     assert "paceline[vllm]" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed, and shows its own help behind ours")
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["MODEL", "-h"]])
+def test_help_needs_no_vllm(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["vllm", "serve", *arguments]) == 0
+    assert "examples:" in capsys.readouterr().out
+
+
 def test_the_table_takes_the_shortest_length_that_nothing_beats() -> None:
     rates = {
         1: {0: 100.0, 2: 130.0, 4: 150.0},
