@@ -49,20 +49,24 @@ def register(kinds: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, then become `vllm serve`."""
-    asks_for_help = not args.arguments or {"--help", "-h"} & set(args.arguments)
+    """Check, then become `vllm serve`. What is said of ourselves needs no vLLM."""
+    asks_for_help = not args.arguments or bool({"--help", "-h"} & set(args.arguments))
     if asks_for_help:
         print(args.show(), flush=True)
-        if find_spec("vllm") is None or not args.arguments:
-            return 0
+    if not asks_for_help or (args.arguments and find_spec("vllm") is not None):
+        _become_vllm(args.arguments, announce=not asks_for_help)
+    return 0
+
+
+def _become_vllm(given: Sequence[str], *, announce: bool) -> None:
     require_vllm()
-    arguments = with_defaults(args.arguments)
+    arguments = with_defaults(given)
     environment = dict(os.environ)
     if "PROMETHEUS_MULTIPROC_DIR" not in environment:
         environment["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="paceline-vllm-metrics-")
     # Numba's other threading layers spin beside the engine's own threads: n-gram drafts then slow every step down.
     environment.setdefault("NUMBA_THREADING_LAYER", "workqueue")
-    if not asks_for_help:
+    if announce:
         print(f"Paceline: {check(arguments)}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     os.execve(sys.executable, command, environment)
