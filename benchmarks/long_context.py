@@ -26,6 +26,7 @@ from paceline import LLM, SamplingParams
 from paceline.bench.host import host_info
 from paceline.bench.systems.long_prompts import PASSAGES, long_prompts
 from paceline.draft.magicdec import MagicDecDrafter
+from paceline.engine.request import Request
 from paceline.model.loader import LoadedModel, load_model
 from paceline.outputs import Generation
 
@@ -112,7 +113,8 @@ def measure(cell: Cell, loaded: LoadedModel, args: argparse.Namespace) -> None:
             expected = expected or found
             cell.same_text[name] = cell.same_text.get(name, True) and found == expected
     own = llms["auto"].engine.stages.drafting.drafters.get("magicdec")
-    cell.views = own.report if isinstance(own, MagicDecDrafter) else {}
+    if isinstance(own, MagicDecDrafter):
+        cell.views = own.report(Request("who asks", [0], 1, params, 0))
     for llm in llms.values():
         llm.close()
 

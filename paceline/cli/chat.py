@@ -34,6 +34,10 @@ _STYLES = {
     "draft": "magenta",
     "ouroboros": "bright_magenta",
     "rapid": "bright_cyan",
+    "magicdec": "bright_green",
+    "layerskip": "bright_yellow",
+    "s3d": "red",
+    "easyspec": "bright_red",
     "prediction": "yellow",
     "grammar": "bright_black",
 }

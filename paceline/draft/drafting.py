@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -34,14 +34,23 @@ class Drafting:
         merge_trees: unite the proposals of several drafters; otherwise the first that proposes anything is taken
             (which one that is must not depend on the noise of the draws to come).
         vocab_size: proposed tokens must be below it.
+        room: most nodes of a request's tree, beside the plan's budget.
     """
 
-    def __init__(self, drafters: Mapping[str, Drafter], *, merge_trees: bool, vocab_size: int) -> None:
+    def __init__(
+        self,
+        drafters: Mapping[str, Drafter],
+        *,
+        merge_trees: bool,
+        vocab_size: int,
+        room: Callable[[Request], int] | None = None,
+    ) -> None:
         self.drafters = dict(drafters)
         self.names = tuple(drafters)
         self._all = tuple(drafters.values())
         self._merge = merge_trees
         self._vocab_size = vocab_size
+        self._room = room
 
     def draft(self, batch: ScheduledBatch, plan: SpecPlan) -> DraftBatch:
         """One tree per sampling request, inside the plan's budgets."""
@@ -56,7 +65,7 @@ class Drafting:
         for i, item in enumerate(batch.sampling):
             filled = [(name, found[i]) for name, found in proposals.items() if found and len(found[i])]
             chances = {name: plan.acceptance[name][i] for name, _ in filled}
-            trees.append(_cut(self._tree(filled, chances), item.request) if filled else EMPTY_TREE)
+            trees.append(self._cut(self._tree(filled, chances), item.request) if filled else EMPTY_TREE)
         return DraftBatch(tuple(trees), seconds)
 
     def _ask(self, drafter: Drafter, batch: ScheduledBatch, plan: SpecPlan) -> list[Proposal]:
@@ -67,7 +76,7 @@ class Drafting:
         contexts = [
             DraftContext(
                 item.request,
-                _budget(item.request, name, budget),
+                self._budget(item.request, name, budget),
                 i,
                 depth,
                 None if acceptance is None else acceptance[i],
@@ -105,6 +114,24 @@ class Drafting:
         name, proposal = proposals[0]
         return build(name, proposal, acceptance[name])
 
+    def _budget(self, request: Request, name: str, budget: int) -> int:
+        """Most nodes this drafter may propose for the request, which may name the drafters it wants."""
+        wish = request.params.speculation
+        if wish is not None and wish.drafters is not None and name not in wish.drafters:
+            return 0
+        return budget if self._room is None else min(budget, self._room(request))
+
+    def _cut(self, tree: DraftTree, request: Request) -> DraftTree:
+        """What the request's own cap, and the room, leave of several drafters' nodes: the best. A sampled draft is
+        within them already."""
+        wish = request.params.speculation
+        most = len(tree) if wish is None or wish.cap is None else wish.cap
+        if self._room is not None:
+            most = min(most, self._room(request))
+        if tree.sampled or len(tree) <= most:
+            return tree
+        return tree.keep(np.sort(np.argsort(-tree.survival, kind="stable")[:most]))
+
     def observers(self, names: frozenset[str] | None) -> list[Drafter]:
         """The drafters of these names that want to see committed steps; None: all of them."""
         return [d for name, d in self.drafters.items() if names is None or name in names]
@@ -139,19 +166,3 @@ def _allowed(proposal: Proposal, request: Request) -> Proposal:
     except Exception:
         logger.exception("the grammar of request %s failed; it gets no draft", request.id)
         return NOTHING
-
-
-def _budget(request: Request, name: str, budget: int) -> int:
-    """Most nodes this drafter may propose for the request, which may name the drafters it wants."""
-    wish = request.params.speculation
-    if wish is not None and wish.drafters is not None and name not in wish.drafters:
-        return 0
-    return budget
-
-
-def _cut(tree: DraftTree, request: Request) -> DraftTree:
-    """What the request's own cap leaves of several drafters' nodes: the best. A sampled draft is within it already."""
-    wish = request.params.speculation
-    if wish is None or wish.cap is None or tree.sampled or len(tree) <= wish.cap:
-        return tree
-    return tree.keep(np.sort(np.argsort(-tree.survival, kind="stable")[: wish.cap]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 _FADE = 0.98
+_SECONDS_RATE = 0.1
 _PRIOR = 2.0
 """Tested tokens that the first guess of the acceptance counts for."""
 _FIRST_GUESS = 0.75
@@ -30,6 +31,8 @@ class Choice:
     tested: float = 0.0
     seconds: float | None = None
     """Of a draft forward; None before the first."""
+    rounds: int = 0
+    """Whose times were taken in."""
 
     @property
     def acceptance(self) -> float:
@@ -44,7 +47,8 @@ class Choice:
     def learn_seconds(self, seconds: float) -> None:
         """Take in the mean time of a round's forwards."""
         before = seconds if self.seconds is None else self.seconds
-        self.seconds = before + 0.1 * (min(seconds, 4.0 * before) - before)
+        self.rounds += 1
+        self.seconds = before + max(1.0 / self.rounds, _SECONDS_RATE) * (min(seconds, 4.0 * before) - before)
 
     @property
     def is_tried(self) -> bool:

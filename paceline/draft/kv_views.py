@@ -24,8 +24,6 @@ SINKS = 16
 """Tokens at the start that are always read."""
 _QUERIES = 32
 """Latest tokens whose attention chooses blocks."""
-_REFRESH = 16
-"""Blocks that fill up before blocks are chosen anew."""
 
 
 class SinkWindow:
@@ -37,13 +35,14 @@ class SinkWindow:
 
     def __init__(self, budget: int, block_size: int, sinks: int = SINKS) -> None:
         self._sinks = -(-sinks // block_size)
-        self._recent = _beside_sinks(budget, block_size, sinks, 1)
+        self.recent = _beside_sinks(budget, block_size, sinks, 1)
+        """Latest blocks that are read."""
 
     def chosen(self, request: Request, full: int) -> Sequence[int] | None:  # noqa: ARG002
         """The first and the last blocks."""
-        if full <= self._sinks + self._recent:
+        if full <= self._sinks + self.recent:
             return None
-        return [*range(self._sinks), *range(full - self._recent, full)]
+        return [*range(self._sinks), *range(full - self.recent, full)]
 
     def forget(self, request: Request) -> None:
         """Nothing is kept."""
@@ -52,7 +51,7 @@ class SinkWindow:
 class QueryBlocks:
     """Sinks, and half each of what the budget leaves: the blocks that the latest tokens attend to most, and the latest.
 
-    They are chosen when the request first drafts, and again whenever a few more blocks have filled up.
+    They are chosen when the request first drafts, and again before a block that was not there then leaves the latest.
 
     Args:
         budget: tokens read.
@@ -68,6 +67,7 @@ class QueryBlocks:
         size = runner.kv.block_size
         self._most = _beside_sinks(budget, size, sinks, 2) // 2
         self._rest = SinkWindow(budget - self._most * size, size, sinks)
+        self._refresh = self._rest.recent
         self._best: dict[Request, tuple[int, FloatArray]] = {}  # by request: blocks then, and their weights
 
     def chosen(self, request: Request, full: int) -> Sequence[int] | None:
@@ -76,7 +76,7 @@ class QueryBlocks:
         if always is None or full <= len(always) + self._most:
             return None
         at, weights = self._best.get(request, (0, None))
-        if weights is None or not at <= full < at + _REFRESH:
+        if weights is None or not at <= full < at + self._refresh:
             weights = self._weights(request, full)
             self._best[request] = full, weights
         others = np.setdiff1d(np.arange(len(weights)), always)
@@ -96,11 +96,18 @@ class QueryBlocks:
         return self._runner.attention_to_blocks(latest)[:full]
 
 
+def least_budget(block_size: int, sinks: int) -> int:
+    """The smallest budget that every way of choosing can do with."""
+    return (-(-sinks // block_size) + 2) * block_size
+
+
 def _beside_sinks(budget: int, block_size: int, sinks: int, least: int) -> int:
     """Blocks that a budget leaves beside the sinks, at least `least`."""
+    if sinks < 0:
+        raise SpeculationSpecError(f"sinks={sinks} is negative.", field="speculation", fix="Give 0 or more.")
     first = -(-sinks // block_size)
     found = budget // block_size - first
-    if sinks < 0 or found < least:
+    if found < least:
         raise SpeculationSpecError(
             f"a budget of {budget} tokens leaves no room beside {sinks} at the start.",
             field="speculation",
@@ -119,7 +126,7 @@ class RandomBlocks:
     """
 
     def __init__(self, budget: int, block_size: int, seed: int = 0) -> None:
-        self._count = budget // block_size
+        self._count = _beside_sinks(budget, block_size, 0, 1)
         self._random = np.random.default_rng(seed)
 
     def chosen(self, request: Request, full: int) -> Sequence[int] | None:  # noqa: ARG002

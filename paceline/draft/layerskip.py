@@ -6,12 +6,15 @@ option, `skip=10-17` or `skip="10-13,16"`; without it they are searched for once
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from paceline.draft.self_drafter import SelfDrafter
 from paceline.draft.self_model import Target, WholeContext
 from paceline.draft.shapes.base import TreeShape
 from paceline.model.path import ForwardPath, check_family
+
+logger = logging.getLogger(__name__)
 
 
 class LayerSkipDrafter(SelfDrafter):
@@ -45,6 +48,8 @@ class LayerSkipDrafter(SelfDrafter):
     ) -> None:
         check_family(target.model_type, self.name)
         self.skipped = tuple(sorted(set(best_layers() if skip is None else skip)))
+        if not self.skipped:
+            logger.warning("layerskip skips no layer: it drafts with the whole model, which gains nothing")
         super().__init__(
             target,
             vocab_size=vocab_size,

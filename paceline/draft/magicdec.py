@@ -18,10 +18,11 @@ from collections.abc import Sequence
 
 from paceline.draft.base import DraftContext, Proposal
 from paceline.draft.kv_budget import Budgets
-from paceline.draft.kv_views import SINKS, QueryBlocks, RandomBlocks, SinkWindow
+from paceline.draft.kv_views import SINKS, QueryBlocks, RandomBlocks, SinkWindow, least_budget
 from paceline.draft.self_drafter import SelfDrafter
 from paceline.draft.self_model import KvView, Target
 from paceline.draft.shapes.base import TreeShape
+from paceline.draft.tenants import Tenants
 from paceline.engine.request import Request
 from paceline.engine.types import Observation
 from paceline.errors import SpeculationSpecError
@@ -30,6 +31,8 @@ _BUDGETS = (256, 512, 1024)
 _SELECTS = ("recent", "query", "random")
 _LEAST = 4
 """A budget is worth trying where the context is so many times as long."""
+_SECONDS_RATE = 0.1
+_MAX_TENANTS = 64
 _LONGEST = 8
 """Draft length up to which budgets are compared."""
 
@@ -73,7 +76,8 @@ class MagicDecDrafter(SelfDrafter):
             )
         self._target = target
         chosen = select or "recent"
-        budgets = _BUDGETS if budget is None else (budget,)
+        least = least_budget(target.blocks.block_size, max(sinks, 0))
+        budgets = tuple(sorted({max(b, least) for b in _BUDGETS})) if budget is None else (budget,)
         self._views = {f"{chosen} {b}": (_view(chosen, b, sinks, target), b) for b in budgets}
         super().__init__(
             target,
@@ -83,23 +87,30 @@ class MagicDecDrafter(SelfDrafter):
             stop_ids=stop_ids,
             view=next(iter(self._views.values()))[0],
         )
-        self.least_tokens = 0 if budget is not None else _LEAST * min(_BUDGETS)
-        self._known: dict[int, Budgets] = {}  # by logarithm of the mean context
+        self.least_tokens = 0 if budget is not None else _LEAST * min(budgets)
+        self._tenants: Tenants[dict[int, Budgets]] = Tenants(dict, _MAX_TENANTS)  # by logarithm of the mean context
+        self._target_seconds: float | None = None
         self._rounds: dict[Request, tuple[Budgets, int, tuple[int, ...]]] = {}
 
     def propose(self, contexts: Sequence[DraftContext]) -> Sequence[Proposal]:
         """Drafts of all requests over the same kind of view."""
-        target_seconds, forwards = self._target.runner.last_seconds, self._target.runner.num_forwards
-        known, number = self._choose(contexts, target_seconds)
+        drafting = [c.request for c in contexts if c.budget > 0]
+        if not drafting:
+            return super().propose(contexts)
+        runner = self._target.runner
+        self._learn_target_seconds(runner.last_seconds)
+        size = (sum(len(r.token_ids) for r in drafting) // len(drafting)).bit_length() - 1
+        known = self._known(drafting[0], size)
+        number = self._choose(known, size)
         self.model.view = list(self._views.values())[number][0]
-        started = time.perf_counter()
+        started, forwards, looks = time.perf_counter(), runner.num_forwards, runner.num_looks
         proposals = super().propose(contexts)
-        forwards = self._target.runner.num_forwards - forwards
-        if forwards:
+        forwards = runner.num_forwards - forwards
+        if forwards and looks == runner.num_looks:
             known.choices[number].learn_seconds((time.perf_counter() - started) / forwards)
         for context, proposal in zip(contexts, proposals, strict=True):
             if len(proposal):
-                self._rounds[context.request] = known, number, _first_path(proposal)
+                self._rounds[context.request] = self._known(context.request, size), number, _first_path(proposal)
         return proposals
 
     def observe(self, observation: Observation) -> None:
@@ -117,29 +128,39 @@ class MagicDecDrafter(SelfDrafter):
     def forget(self, request: Request) -> None:
         """Drop what the views know of it."""
         self._rounds.pop(request, None)
+        self._tenants.forget(request)
         for view, _ in self._views.values():
             view.forget(request)
 
-    @property
-    def report(self) -> dict[str, dict[str, float]]:
-        """What was learnt of every view: acceptance, and seconds of a draft forward, by size of context."""
+    def report(self, request: Request) -> dict[str, dict[str, float]]:
+        """What a request's tenant has taught of every view: acceptance, and seconds of a draft forward, by size of
+        context."""
+        known = self._tenants.of(request)
+        self._tenants.forget(request)
         return {
             f"{choice.name} at {1 << size}": {"acceptance": choice.acceptance, "seconds": choice.seconds or 0.0}
-            for size, budgets in sorted(self._known.items())
+            for size, budgets in sorted(known.items())
             for choice in budgets.choices
             if choice.tested
         }
 
-    def _choose(self, contexts: Sequence[DraftContext], target_seconds: float) -> tuple[Budgets, int]:
-        drafting = [len(c.request.token_ids) for c in contexts if c.budget > 0]
-        mean = sum(drafting) // max(len(drafting), 1)
-        size = max(mean, 1).bit_length() - 1
-        if size not in self._known:
-            nearest = min(self._known, key=lambda other: abs(other - size), default=None)
-            self._known[size] = Budgets(tuple(self._views), None if nearest is None else self._known[nearest])
-        known = self._known[size]
-        usable = [i for i, (_, budget) in enumerate(self._views.values()) if mean >= _LEAST * budget]
-        return known, known.choose(usable or [0], target_seconds, _LONGEST)
+    def _known(self, request: Request, size: int) -> Budgets:
+        """What its tenant has taught about contexts of this size; at first, what it has about the nearest one."""
+        known = self._tenants.of(request)
+        if size not in known:
+            nearest = min(known, key=lambda other: abs(other - size), default=None)
+            known[size] = Budgets(tuple(self._views), None if nearest is None else known[nearest])
+        return known[size]
+
+    def _choose(self, known: Budgets, size: int) -> int:
+        context = 1 << size
+        usable = [i for i, (_, budget) in enumerate(self._views.values()) if context >= _LEAST * budget]
+        return known.choose(usable or [0], self._target_seconds or 0.0, _LONGEST)
+
+    def _learn_target_seconds(self, seconds: float) -> None:
+        """Of the last forward, which is the target's unless another drafter took one; a prompt's is cut back."""
+        before = self._target_seconds or seconds
+        self._target_seconds = before + _SECONDS_RATE * (min(seconds, 4.0 * before) - before)
 
 
 def _view(select: str, budget: int, sinks: int, target: Target) -> KvView:

@@ -14,6 +14,7 @@ the end token if it is not given).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from paceline.draft.draft_model import Wanted
@@ -24,6 +25,7 @@ from paceline.draft.shapes.base import TreeShape
 from paceline.errors import SpeculationSpecError
 from paceline.model.path import ForwardPath, check_family
 
+logger = logging.getLogger(__name__)
 _ENDS = 6
 
 
@@ -60,6 +62,8 @@ class S3dDrafter(SelfDrafter):
         check_family(target.model_type, self.name)
         if ends < 1:
             raise SpeculationSpecError(f"s3d:ends={ends} leaves no layer.", field="speculation", fix="Give 1 or more.")
+        if 2 * ends >= target.num_layers:
+            logger.warning("s3d:ends=%d skips none of %d layers, which gains nothing", ends, target.num_layers)
         self._mask = mask if mask is not None else next(iter(stop_ids), 0)
         if not 0 <= self._mask < vocab_size:
             raise SpeculationSpecError(

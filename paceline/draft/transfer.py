@@ -68,7 +68,7 @@ class KnowledgeTransfer:
         places: dict[Request, slice] = {}
         trees: list[tuple[Request, DraftTree]] = []
         for item, tree, row in zip(batch.sampling, drafts.trees, scores.first_row, strict=True):
-            error = self._error(item.request, tree)
+            error = self._error(item.request)
             if error is not None:
                 errors[item.request.id] = error
                 continue
@@ -82,9 +82,13 @@ class KnowledgeTransfer:
         read_ahead(self._draft, [item.request for item in batch.items if not item.samples])
         return replace(scores, logits=logits, errors=errors, transform=self.name, transform_seconds=seconds)
 
-    def _error(self, request: Request, tree: DraftTree) -> PacelineError | None:
+    def room(self, request: Request) -> int:
+        """Draft nodes whose rows fit behind what is read of the request."""
+        return max(self._draft.max_model_len - len(self._reading.tokens(request)), 0)
+
+    def _error(self, request: Request) -> PacelineError | None:
         """Why the declared target has no law here."""
-        length = len(self._reading.tokens(request)) + len(tree)
+        length = len(self._reading.tokens(request))
         failed = self._reading.error(request)
         if failed is not None:
             return PacelineError(f"retrieval failed, and without it {self.name} has no law: {failed}")

@@ -74,13 +74,19 @@ def build_engine(
     policy = _policy(
         speculation, made, lambda: CostModel(cost_table(loaded, runner, blocks, max_model_len, on_progress))
     )
+    transform = _transform(made)
     stages = Stages(
         scheduler=Scheduler(
             blocks, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         ),
         policy=policy,
-        drafting=Drafting(made, merge_trees=not speculation.chain, vocab_size=vocab_size),
-        verifier=Verifier(runner, shares_noise=speculation.rule.shares_noise, transform=_transform(made)),
+        drafting=Drafting(
+            made,
+            merge_trees=not speculation.chain,
+            vocab_size=vocab_size,
+            room=None if transform is None else transform.room,
+        ),
+        verifier=Verifier(runner, shares_noise=speculation.rule.shares_noise, transform=transform),
         rule=speculation.rule,
         committer=Committer(runner.kv, blocks, loaded.tokenizer, loaded.eos_token_ids, max_model_len),
     )

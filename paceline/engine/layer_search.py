@@ -22,6 +22,7 @@ import torch
 from paceline.arrays import IntArray
 from paceline.cache.block_manager import BlockManager
 from paceline.draft.kv_budget import Choice, worth
+from paceline.errors import ConfigError
 from paceline.model.loader import LoadedModel
 from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, SequenceInput
@@ -55,8 +56,10 @@ def best_layers(
     path = _file(loaded, runner)
     try:
         if path.exists():
-            return tuple(int(layer) for layer in json.loads(path.read_text(encoding="utf-8"))["skip"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            known = tuple(int(layer) for layer in json.loads(path.read_text(encoding="utf-8"))["skip"])
+            ForwardPath.without(runner.kv.shape.num_layers, known)
+            return known
+    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         logger.warning("the layers remembered in %s cannot be used (%s); searching again", path, error)
     tokens = list(loaded.tokenizer.encode(TEXT))[:_MOST_TOKENS]
     found = search(runner, blocks, tokens, lambda done, all_: on_progress(f"choosing layers to skip ({done}/{all_})"))

@@ -1,4 +1,5 @@
-"""The state of one request. Only the engine's commit and the scheduler change it."""
+"""The state of one request. Only the engine's commit and the scheduler change it; whoever drafts with the target itself
+lets the block table grow, as the scheduler does for draft nodes."""
 
 from __future__ import annotations
 

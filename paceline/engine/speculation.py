@@ -48,7 +48,7 @@ def check_speculation(config: EngineConfig) -> Speculation:
         raise ConfigError(
             f"{tree.name} is a shape for a draft model, and speculation {config.speculation} has none.",
             field="tree",
-            fix=f"Leave --tree out, or {'add +' if spec.drafters else 'write '}draft:model=NAME in --speculation.",
+            fix=f"Leave --tree out, or {'add +' if named else 'write '}draft:model=NAME in --speculation.",
         )
     for drafter in spec.drafters:
         drafters.parse_options(drafter.name, drafter.options)

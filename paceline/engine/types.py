@@ -226,6 +226,10 @@ class TargetTransform(Protocol):
     name: str
     """What responses call it."""
 
+    def room(self, request: Request) -> int:
+        """Most draft nodes for which it can give laws."""
+        ...
+
     def apply(self, batch: ScheduledBatch, drafts: DraftBatch, scores: TargetScores) -> TargetScores:
         """The declared target's scores for the root and every node of all sampling requests."""
         ...

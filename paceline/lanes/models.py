@@ -41,7 +41,7 @@ class Follower:
         kept = min(_common(self._tokens, tokens), len(tokens) - count)
         if not self._blocks.grow(self._table, len(tokens)):
             raise BusyError("the KV cache has no room for this text.")
-        new = tokens[kept:]
+        new, self._tokens = tokens[kept:], tokens[:kept]
         item = SequenceInput(new, np.arange(kept, len(tokens)), kept, self._table)
         rows = self._runner.forward(ForwardBatch((item,), range(len(new) - count, len(new))))
         self._tokens = tokens

@@ -62,7 +62,7 @@ class Pearl:
         yield jobs
         new: list[Guess] = []
         if drafts and jobs[1].error is not None:
-            text.lose_draft()
+            text.lose_draft(jobs[1].error)
         elif drafts:
             new = jobs[1].value
         return self.settle(text, pending, new, jobs[0].result(), lanes.now)

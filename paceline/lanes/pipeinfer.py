@@ -178,7 +178,7 @@ class PipeInfer:
             job = self.clock.start(DRAFT, 1, lambda path=path: self.text.guesses(path, 1))  # type: ignore[misc]
             yield (job,)
             if job.error is not None:
-                self.text.lose_draft()
+                self.text.lose_draft(job.error)
             if job.error is not None or self.text.finished or not self._holds(tip):
                 return None
             self._speechless = not job.value

@@ -64,7 +64,7 @@ def drafted(lanes: Lanes, text: Text, length: int, draft: str) -> Generator[Sequ
     job = lanes.start(draft, length, lambda: text.guesses(path, length))
     yield (job,)
     if job.error is not None:
-        text.lose_draft()
+        text.lose_draft(job.error)
         return []
     found: list[Guess] = job.value
     return found

@@ -7,6 +7,7 @@ weigh drafts, each position is tested once, against the law its guess was drawn 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +19,10 @@ from paceline.draft.tree import build
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.rng import Noise
 from paceline.engine.sampling import Law
+from paceline.errors import LaneDiedError
 from paceline.verify.base import AcceptanceRule
 
+logger = logging.getLogger(__name__)
 Path = tuple[int, ...]
 """Tokens behind the prompt."""
 _PRIOR = np.ones(1)
@@ -116,8 +119,10 @@ class Text:
         """Whether there is anybody to guess."""
         return self._draft is not None
 
-    def lose_draft(self) -> None:
-        """The lane that drafts is dead: the text goes on without."""
+    def lose_draft(self, error: Exception) -> None:
+        """The lane that drafts is dead, or its draft failed: the text goes on without."""
+        if not isinstance(error, LaneDiedError):
+            logger.warning("a draft failed; its text goes on without", exc_info=error)
         self._draft = None
 
     def guesses(self, path: Path, count: int) -> list[Guess]:

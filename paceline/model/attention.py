@@ -45,7 +45,7 @@ class SequenceAttention:
     visible: BoolArray | None  # [stop - start, at least stop - start]
     tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
     """Of the draft nodes in the cache.  # [width of visible - new tokens]"""
-    _masks: dict[tuple[int | None, int], torch.Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def num_queries(self) -> int:
@@ -59,7 +59,7 @@ class SequenceAttention:
 
     def mask(self, window: int | None, repeat: int, like: torch.Tensor) -> torch.Tensor | None:
         """Additive mask, rows repeated for folded heads; None if everything is visible.  # [repeat * n, keys]"""
-        key = (window, repeat)
+        key = (window, repeat, like.dtype)
         if key not in self._masks:
             seen = self._seen(window)
             self._masks[key] = None if seen is None else _additive(seen, repeat, like)
@@ -170,9 +170,11 @@ def _add_block_weights(query: torch.Tensor, layer: int, paged: AttentionMetadata
     keys, _ = paged.kv.gather(layer, sequence.blocks, sequence.num_keys)
     kv_heads, size = keys.shape[1], paged.kv.block_size
     folded = query.reshape(kv_heads, -1, query.shape[-1])
-    scores = torch.matmul(folded, keys.permute(1, 2, 0)).float() * (scaling or query.shape[-1] ** -0.5)
-    mask = sequence.mask(None, query.shape[0] // kv_heads, scores)
-    weights = torch.softmax(scores if mask is None else scores + mask, dim=-1).sum(dim=(0, 1))
+    weights = torch.zeros(len(keys), dtype=torch.float32, device=keys.device)
+    for head in range(kv_heads):  # one at a time, since scores of a long context take room
+        scores = torch.matmul(folded[head], keys[:, head].T).float() * (scaling or query.shape[-1] ** -0.5)
+        mask = sequence.mask(None, query.shape[0] // kv_heads, scores)
+        weights += torch.softmax(scores if mask is None else scores + mask, dim=-1).sum(dim=0)
     padded = torch.nn.functional.pad(weights, (0, -len(weights) % size))
     paged.block_weights.add_(padded.view(-1, size).sum(dim=1))
 

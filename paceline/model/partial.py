@@ -61,7 +61,8 @@ def _one(
         q, k = attention.q_norm(q), attention.k_norm(k)
     cosine, sine = (part[:, None] for part in rotary)
     q, k = (x * cosine + _turned(x) * sine for x in (q.transpose(1, 2), k.transpose(1, 2)))
-    window = getattr(attention, "sliding_window", None)
+    of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    window = getattr(attention, "sliding_window", of_model)
     out, _ = paged_attention(
         attention, q, k, v.transpose(1, 2), scaling=attention.scaling, sliding_window=window, paged=options["paged"]
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 
 from paceline.errors import ConfigError
 
@@ -21,21 +20,11 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Models whose layers are alike enough: one kind of rotary embedding, `x + attention`, then `x + mlp`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ForwardPath:
     """Layers in the order in which they run, by group."""
 
     groups: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that run."""
-        return tuple(layer for group in self.groups for layer in group)
-
-    @cached_property
-    def is_grouped(self) -> bool:
-        """Whether any layers attend side by side."""
-        return any(len(group) > 1 for group in self.groups)
 
     @staticmethod
     def without(num_layers: int, skipped: Collection[int]) -> ForwardPath:

@@ -110,6 +110,8 @@ class ModelRunner:
         self.num_forwards = 0
         self.num_tokens = 0
         """Tokens through the network so far."""
+        self.num_looks = 0
+        """Times that attention was asked for (`attention_to_blocks`)."""
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Capture what is captured before the first request; `on_progress` gets what is done and how much there is."""
@@ -188,6 +190,7 @@ class ModelRunner:
         metadata = self._metadata(batch)
         weights = torch.zeros(len(metadata.sequences[0].blocks), dtype=torch.float32, device=self.device)
         self._through_modules(batch, replace(metadata, block_weights=weights), hidden=False)
+        self.num_looks += 1
         return weights.double().cpu().numpy()
 
     def _through_modules(

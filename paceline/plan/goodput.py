@@ -335,7 +335,7 @@ class GoodputLength:
                 depth[name] = most
                 self._usage.asked(name, self._step)
         limits = {d.name: depth[d.name] for d in self._drafters if depth.get(d.name)}
-        return limits, depths, stop, not depths and limits.keys() <= self._fixed.union(paying)
+        return limits, depths, stop, not any(depths.values()) and limits.keys() <= self._fixed.union(paying)
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
         """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""

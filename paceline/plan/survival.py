@@ -133,6 +133,8 @@ class AcceptanceEstimates:
         evidence.learn(labels, self.requests.records, rows)
         for name, start in self._depth_start.items():
             own = labels.drafter == self._index[name]
+            if not own.any():
+                continue
             level, accepted = _levels(labels.request[own], depth[own], labels.accepted[own])
             evidence.count(start + np.minimum(level, _MAX_DEPTH) - 1, accepted)
 

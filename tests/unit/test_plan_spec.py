@@ -195,7 +195,11 @@ def test_a_rule_for_chains_names_the_rules_that_take_the_tree(tree: str, rules: 
 
 
 def test_a_tree_that_nobody_would_grow_is_refused() -> None:
-    for speculation, way_out in (("none", r"write draft:model"), ("auto", r"add \+draft"), ("ngram", r"add \+draft")):
+    for speculation, way_out in (
+        ("none", r"write draft:model"),
+        ("auto", r"write draft:model"),
+        ("ngram", r"add \+draft"),
+    ):
         with pytest.raises(ConfigError, match=way_out):
             check_speculation(EngineConfig(speculation=speculation, tree="cape"))
         for tree in ("auto", "chain"):

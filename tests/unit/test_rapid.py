@@ -271,6 +271,21 @@ def test_a_draft_model_that_reads_too_little_ends_the_request_clearly() -> None:
     assert short.num_output == 8
 
 
+def test_the_declared_targets_end_does_not_move_with_anybodys_draft() -> None:
+    """Another drafter's nodes near the end of what the draft model reads are cut, and no token is lost for them."""
+    counts = []
+    for spec in ("k=1", "k=1+recycling:k=8"):
+        engine = swapped(llm(f"rapid:model=self,{OPTIONS},transfer=5,{spec}").engine, Fixed(0.5, 0.9))
+        drafter = engine.stages.drafting.drafters["rapid"]
+        assert isinstance(drafter, RapidDrafter)
+        drafter.model.max_model_len = 40
+        request = make_request(LONG, greedy(30))
+        run(engine, [request])
+        counts.append((request.num_output, request.output_ids))
+    assert counts[0] == counts[1]
+    assert counts[0][0] > 4
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "find_spec", lambda _: None)
     for name, package in (("bm25", "bm25s"), ("embeddings", "sentence-transformers")):

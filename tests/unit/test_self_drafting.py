@@ -196,6 +196,8 @@ def test_no_room_for_drafts_is_no_error(plain: list[tuple[int, ...]]) -> None:
     [
         ("magicdec:k=3,budget=16", "leaves no room beside 16"),
         ("magicdec:k=3,budget=32,select=query", "Give budget=48 or more"),
+        ("magicdec:k=3,budget=8,select=random", "leaves no room"),
+        ("magicdec:k=3,budget=48,sinks=-1", "is negative"),
         ("magicdec:k=3,budget=48,select=best", "select='best' is not known"),
         ("layerskip:k=3,skip=7", "no layer 7"),
         ("layerskip:k=3,skip=2-1", "empty range"),
@@ -207,6 +209,12 @@ def test_no_room_for_drafts_is_no_error(plain: list[tuple[int, ...]]) -> None:
 def test_bad_options_are_refused(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         llm(spec)
+
+
+@pytest.mark.parametrize("block_size", [1, 64, 256])
+def test_auto_starts_with_any_size_of_blocks(block_size: int) -> None:
+    found = llm("auto", block_size=block_size, max_model_len=512).generate([list(LONG)], greedy(4))[0]
+    assert found.token_ids == llm().generate([list(LONG)], greedy(4))[0].token_ids
 
 
 def test_windows_and_other_families_are_refused() -> None:
@@ -270,7 +278,7 @@ def test_magicdec_chooses_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.generate([list(prompt_of(300))], greedy(120))[0].token_ids == plain.token_ids
     drafter = engine.engine.stages.drafting.drafters["magicdec"]
     assert isinstance(drafter, MagicDecDrafter)
-    assert any(name.startswith("recent 48") for name in drafter.report)
+    assert any(name.startswith("recent 48") for name in drafter.report(llm_request()))
 
 
 def test_query_blocks_hold_the_budget() -> None:

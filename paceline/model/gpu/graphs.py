@@ -83,6 +83,7 @@ class GraphRunner:
         needed = most * split_bytes(w, buckets.most_splits)
         self._scratch = Scratch.empty(w, most, min(most, buckets.max_rows), min(needed, _MOST_PARTIALS))
         self._drawn = torch.empty(min(most, buckets.max_rows), dtype=torch.int32, pin_memory=cuda)
+        self._seen: set[tuple[Bucket, ForwardPath]] = set()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if cuda and not self.eager else None
@@ -166,6 +167,9 @@ class GraphRunner:
 
     def _of(self, bucket: Bucket, path: ForwardPath | None) -> _Captured:
         found = self._captured.get((bucket, path))
+        if found is None and path is not None and (bucket, path) not in self._seen:
+            self._seen.add((bucket, path))  # many are tried once; what comes again is captured
+            return _Captured(self._of(bucket, None).buffers)
         if found is None:
             found = self._captured[bucket, path] = _Captured(BatchBuffers(self._shape(bucket), self._device))
             if not self.eager:
