@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from paceline.draft.self_drafter import SelfDrafter
 from paceline.draft.self_model import Target, WholeContext
-from paceline.draft.shapes.base import TreeShape
 from paceline.model.path import ForwardPath, check_family
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,9 @@ class LayerSkipDrafter(SelfDrafter):
 
     Args:
         target: the model.
-        vocab_size: of the target.
-        coupled: see `ModelDrafter`.
-        shape: how trees grow.
-        stop_ids: the target's end tokens.
         best_layers: finds the layers to skip.
         skip: the layers to skip; None: what is found.
+        options: see `SelfDrafter`.
 
     Raises:
         ConfigError: a model whose layers cannot be skipped, or layers that it does not have.
@@ -39,12 +36,9 @@ class LayerSkipDrafter(SelfDrafter):
         self,
         target: Target,
         *,
-        vocab_size: int,
-        coupled: bool,
-        shape: TreeShape,
-        stop_ids: Sequence[int],
         best_layers: Callable[[], Sequence[int]],
         skip: Sequence[int] | None = None,
+        **options: Any,
     ) -> None:
         check_family(target.model_type, self.name)
         self.skipped = tuple(sorted(set(best_layers() if skip is None else skip)))
@@ -52,10 +46,7 @@ class LayerSkipDrafter(SelfDrafter):
             logger.warning("layerskip skips no layer: it drafts with the whole model, which gains nothing")
         super().__init__(
             target,
-            vocab_size=vocab_size,
-            coupled=coupled,
-            shape=shape,
-            stop_ids=stop_ids,
             view=WholeContext(),
             path=ForwardPath.without(target.num_layers, self.skipped),
+            **options,
         )

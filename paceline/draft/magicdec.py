@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from paceline.draft.base import DraftContext, Proposal
 from paceline.draft.kv_budget import Budgets
 from paceline.draft.kv_views import SINKS, QueryBlocks, RandomBlocks, SinkWindow, least_budget
 from paceline.draft.self_drafter import SelfDrafter
 from paceline.draft.self_model import KvView, Target
-from paceline.draft.shapes.base import TreeShape
 from paceline.draft.tenants import Tenants
 from paceline.engine.request import Request
 from paceline.engine.types import Observation
@@ -42,13 +42,10 @@ class MagicDecDrafter(SelfDrafter):
 
     Args:
         target: the model.
-        vocab_size: of the target.
-        coupled: see `ModelDrafter`.
-        shape: how trees grow.
-        stop_ids: the target's end tokens.
         budget: tokens read; None: chosen.
         select: which ones; None: `recent`.
         sinks: tokens at the start that are always read.
+        options: see `SelfDrafter`.
 
     Raises:
         SpeculationSpecError: an unknown `select`, a budget without room, or a model with sliding windows.
@@ -60,13 +57,10 @@ class MagicDecDrafter(SelfDrafter):
         self,
         target: Target,
         *,
-        vocab_size: int,
-        coupled: bool,
-        shape: TreeShape,
-        stop_ids: Sequence[int],
         budget: int | None = None,
         select: str | None = None,
         sinks: int = SINKS,
+        **options: Any,
     ) -> None:
         if target.has_windows:
             raise SpeculationSpecError(
@@ -81,11 +75,8 @@ class MagicDecDrafter(SelfDrafter):
         self._views = {f"{chosen} {b}": (_view(chosen, b, sinks, target), b) for b in budgets}
         super().__init__(
             target,
-            vocab_size=vocab_size,
-            coupled=coupled,
-            shape=shape,
-            stop_ids=stop_ids,
             view=next(iter(self._views.values()))[0],
+            **options,
         )
         self.least_tokens = 0 if budget is not None else _LEAST * min(budgets)
         self._tenants: Tenants[dict[int, Budgets]] = Tenants(dict, _MAX_TENANTS)  # by logarithm of the mean context

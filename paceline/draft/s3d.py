@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from paceline.draft.draft_model import Wanted
 from paceline.draft.growing import GrowingTree
 from paceline.draft.self_drafter import SelfDrafter
 from paceline.draft.self_model import Target, WholeContext
-from paceline.draft.shapes.base import TreeShape
 from paceline.errors import SpeculationSpecError
 from paceline.model.path import ForwardPath, check_family
 
@@ -34,12 +34,9 @@ class S3dDrafter(SelfDrafter):
 
     Args:
         target: the model.
-        vocab_size: of the target.
-        coupled: see `ModelDrafter`.
-        shape: how trees grow.
-        stop_ids: the target's end tokens.
         ends: layers at the bottom, and at the top.
         mask: the token in the place of those to come.
+        options: see `SelfDrafter`.
 
     Raises:
         SpeculationSpecError: a token that the model does not have, or no layer.
@@ -52,31 +49,27 @@ class S3dDrafter(SelfDrafter):
         self,
         target: Target,
         *,
-        vocab_size: int,
-        coupled: bool,
-        shape: TreeShape,
-        stop_ids: Sequence[int],
         ends: int = _ENDS,
         mask: int | None = None,
+        **options: Any,
     ) -> None:
         check_family(target.model_type, self.name)
         if ends < 1:
             raise SpeculationSpecError(f"s3d:ends={ends} leaves no layer.", field="speculation", fix="Give 1 or more.")
         if 2 * ends >= target.num_layers:
             logger.warning("s3d:ends=%d skips none of %d layers, which gains nothing", ends, target.num_layers)
-        self._mask = mask if mask is not None else next(iter(stop_ids), 0)
-        if not 0 <= self._mask < vocab_size:
+        self._mask = mask if mask is not None else next(iter(options["stop_ids"]), 0)
+        if not 0 <= self._mask < options["vocab_size"]:
             raise SpeculationSpecError(
-                f"s3d:mask={mask} is no token of the model.", field="speculation", fix=f"Give one below {vocab_size}."
+                f"s3d:mask={mask} is no token of the model.",
+                field="speculation",
+                fix=f"Give one below {options['vocab_size']}.",
             )
         super().__init__(
             target,
-            vocab_size=vocab_size,
-            coupled=coupled,
-            shape=shape,
-            stop_ids=stop_ids,
             view=WholeContext(),
             path=ForwardPath.without(target.num_layers, range(ends, target.num_layers - ends)),
+            **options,
         )
 
     def _score(self, trees: Sequence[GrowingTree], *, hidden: bool) -> None:
