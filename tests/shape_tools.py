@@ -31,7 +31,7 @@ class RowModel:
         self._paths: dict[int, list[tuple[int, ...]]] = {}
 
     def open(self, request: Request, nodes: int) -> Scratch:
-        scratch = Scratch(request, CachedSequence(), nodes)
+        scratch = Scratch(request, request.token_ids, CachedSequence(), nodes)
         self._paths[id(scratch)] = []
         return scratch
 
