@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 Context = tuple[int, ...]
 LawOf = Callable[[Context], Law]
 Draft = Callable[[Context, "ScriptedNoise", int], Proposal]
+OneRound = Callable[[Context], Sequence[tuple[float, Context]]]
 
 
 @dataclass
@@ -225,6 +226,11 @@ def committed_law(rule: AcceptanceRule, p: LawOf, draft: Draft, vocab: int, leng
 
         return tuple(outcomes(run))
 
+    return law_of_rounds(one_round, vocab, length)
+
+
+def law_of_rounds(one_round: OneRound, vocab: int, length: int) -> FloatArray:
+    """Joint law of the first `length` tokens, from what a round behind each context commits.  # [vocab] * length"""
     joint = np.zeros((vocab,) * length)
 
     def go(context: Context, weight: float) -> None:

@@ -1,8 +1,9 @@
 """EasySpec (2502.02493): a draft model whose layers attend side by side, in groups, to draft faster.
 
 First and last layer run as they are. The layers of a group all attend from the group's entry, so that on several
-devices they run at the same time, and on one their projections are one product. That is not the draft model's own law,
-but drafts only have to be likely: verification uses the law that drew them.
+devices they run at the same time. On one, their projections are one product where the model runs through
+`transformers` modules; the native forward and our CUDA kernels compute the same layer by layer, which saves no time.
+That is not the draft model's own law, but drafts only have to be likely: verification uses the law that drew them.
 
 Keys and values of such a forward are off, too, and would be read again in every later round. So they are discarded
 after the round, and the next one begins with an exact forward over what was committed since (the paper's bonus

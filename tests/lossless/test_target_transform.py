@@ -22,7 +22,7 @@ from lossless.loop import VOCAB as LOOP_VOCAB
 from lossless.reference import Floats, model_rows
 
 from paceline import LLM, RequestSpeculation, SamplingParams
-from paceline.bench.laws import Context, ScriptedLaw, ScriptedNoise, outcomes, sampled_chain, tree_of
+from paceline.bench.laws import Context, ScriptedLaw, ScriptedNoise, law_of_rounds, outcomes, sampled_chain, tree_of
 from paceline.draft.base import chain
 from paceline.draft.draft_model import DraftModel
 from paceline.draft.model_drafter import ModelDrafter
@@ -140,17 +140,7 @@ def _committed(pair: Pair, rule: AcceptanceRule, length: int, looked_ahead: int)
 
         return tuple(outcomes(play))
 
-    joint = np.zeros((VOCAB,) * length)
-
-    def go(context: Context, weight: float) -> None:
-        if len(context) >= length:
-            joint[context[:length]] += weight
-            return
-        for probability, tokens in one_round(context):
-            go((*context, *tokens), weight * probability)
-
-    go((), 1.0)
-    return joint
+    return law_of_rounds(one_round, VOCAB, length)
 
 
 def _declared(pair: Pair, length: int) -> Floats:

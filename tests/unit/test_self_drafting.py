@@ -123,6 +123,24 @@ def llm_request() -> Request:
     return Request("a", [1, 2, 3], 3, greedy(), 0)
 
 
+def test_more_room_comes_behind_the_view() -> None:
+    """What a round adds to its room are blocks of the request, so that commit gives them back."""
+    engine = llm("magicdec:k=3,budget=48").engine
+    blocks, drafter = engine.stages.scheduler.blocks, engine.stages.drafting.drafters["magicdec"]
+    assert isinstance(drafter, MagicDecDrafter)
+    request = Request("a", list(prompt_of(160)), 160, greedy(), 0)
+    assert blocks.grow(request.blocks, 160)
+    request.num_computed = 159
+    scratch = drafter.model.open(request, 4)
+    assert scratch is not None
+    assert scratch.sequence.table == [request.blocks[0], *request.blocks[7:]]
+    before = len(request.blocks)
+    assert drafter.model.make_room(scratch, 40)
+    assert len(request.blocks) == before + 2
+    assert scratch.sequence.table[-2:] == request.blocks[-2:]
+    blocks.release(request.blocks)
+
+
 # Drafters
 
 LONG = prompt_of(150)
