@@ -20,7 +20,7 @@ from paceline.draft.drafting import Drafting
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.feedback import step_stats
 from paceline.engine.request import FinishReason, Request
-from paceline.engine.types import Acceptance, DraftBatch, InFlight, ScheduledBatch, SpecPlan, TargetScores, Walk
+from paceline.engine.types import Acceptance, AcceptedStep, DraftBatch, ScheduledBatch, SpecPlan, TargetScores, Walk
 from paceline.errors import InputError, SpeculationSpecError
 from paceline.plan.base import PLAIN, DrafterLimits, LengthPolicy
 from paceline.plan.cost_model import CostModel, CostTable
@@ -170,7 +170,7 @@ class Replay:
         seconds = forward + sum(drafted.seconds.values())
         outcome.seconds += seconds
         if policy is not None and sampling:
-            done = InFlight(batch, plan, drafted, verified, _NO_SCORES, Acceptance(walks), 0.0, forward)
+            done = AcceptedStep(batch, plan, drafted, verified, _NO_SCORES, 0.0, Acceptance(walks), forward)
             policy.learn(step_stats(done, seconds, {}))
         for item in batch.items:
             item.request.num_computed += item.num_tokens

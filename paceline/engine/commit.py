@@ -12,7 +12,7 @@ from paceline.engine.detokenizer import Detokenizer
 from paceline.engine.draft_tree import DraftTree
 from paceline.engine.request import FinishReason, Request, RequestStats
 from paceline.engine.sampling import token_logprobs
-from paceline.engine.types import InFlight, RequestOutput, ScheduledRequest, TargetScores, TokenLogprobs, Walk
+from paceline.engine.types import AcceptedStep, RequestOutput, ScheduledRequest, TargetScores, TokenLogprobs, Walk
 from paceline.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Committer:
         self._text: dict[Request, Detokenizer] = {}
         self._prompt_logprobs: dict[Request, list[TokenLogprobs | None]] = {}
 
-    def commit(self, step: InFlight, now: float) -> tuple[RequestOutput, ...]:
+    def commit(self, step: AcceptedStep, now: float) -> tuple[RequestOutput, ...]:
         """Commit a step. Requests that failed in acceptance, or fail here, end with their error; others go on."""
         for item in step.batch.items:
             if not item.samples:

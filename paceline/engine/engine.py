@@ -1,22 +1,39 @@
-"""The engine: a loop over one step, and the only place that knows the order of the stages."""
+"""The engine: a loop over one step, and the only place that knows the order of the stages.
+
+A step is launched and collected. Where the device draws the samples and nobody looks ahead, the next step is launched
+before this one is collected, with samples that only the device knows (`Engine._launch_ahead`), so that it never waits
+for the host. A request that ends by what it reads leaves one forward behind that nobody looks at: blocks freed
+meanwhile are written by later kernels of the same stream only.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
 from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import observations, step_stats
+from paceline.engine.flight import reads_samples_only, without_finished, without_logits
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.rng import Repeats, secret_seed
-from paceline.engine.types import DraftBatch, InFlight, RequestOutput, ScheduledBatch, StepOutput, StepStats, Tap
+from paceline.engine.types import (
+    AcceptedStep,
+    DraftBatch,
+    InFlight,
+    RequestOutput,
+    ScheduledBatch,
+    StepOutput,
+    StepStats,
+    Tap,
+)
 from paceline.errors import PromptTooLongError, RequestError
 from paceline.model.runner import ModelRunner
-from paceline.plan.base import PLAIN, LengthPolicy
+from paceline.plan.base import PLAIN, LengthPolicy, Rests
 from paceline.plan.trim import trim
 from paceline.schedule.scheduler import Scheduler
 from paceline.verify.accept import accept
@@ -69,6 +86,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._repeats = Repeats()
         self._news: list[RequestOutput] = []
+        self._in_flight: InFlight | None = None
 
     @property
     def drafter_names(self) -> tuple[str, ...]:
@@ -154,12 +172,14 @@ class Engine:
         """Run one step of all requests that fit."""
         news, self._news = tuple(self._news), []
         started = time.perf_counter()
-        batch = self.stages.scheduler.schedule()
+        step = None if self._in_flight is None else without_finished(self._in_flight)
+        self._in_flight = None
+        batch = self.stages.scheduler.schedule() if step is None else step.batch
         if not batch.items:
             self.check()
             return StepOutput(news)
         try:
-            output = self.collect(self.launch(batch, started))
+            output = self._run(self.launch(batch, started) if step is None else step)
         except Exception as error:
             logger.exception("a step failed; its %d request(s) end with an error", len(batch.items))
             output = self._fail(batch, error)
@@ -167,8 +187,21 @@ class Engine:
             self.check()
         return StepOutput(news + output.outputs)
 
+    def _run(self, step: InFlight) -> StepOutput:
+        ahead = None
+        if self._may_run_ahead(step):
+            try:
+                ahead = self._launch_ahead(step)
+            except Exception:
+                logger.exception("a step could not be launched behind another; it is launched after it")
+            step = without_logits(step)
+        output = self.collect(step)
+        if ahead is not None:
+            self._in_flight = replace(ahead, started=time.perf_counter())
+        return output
+
     def launch(self, batch: ScheduledBatch, started: float) -> InFlight:
-        """Everything up to acceptance: plan, draft, trim, verify, accept."""
+        """Everything until the target's forward runs: plan, draft, trim, verify."""
         stages = self.stages
         plan = stages.policy.plan(batch, self.max_model_len) if stages.policy else PLAIN
         if plan.looks_ahead:
@@ -176,12 +209,37 @@ class Engine:
             verified = stages.scheduler.reserve_drafts(batch, trim(drafted, plan))
         else:
             drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
-        scores = stages.verifier.verify(batch, verified)
-        acceptance = accept(stages.rule, batch, verified, scores, self.eos_token_ids)
+        return InFlight(batch, plan, drafted, verified, stages.verifier.verify(batch, verified), started)
+
+    def _may_run_ahead(self, step: InFlight) -> bool:
+        """Whether the step is collected without what the next forward overwrites."""
+        carried = len(step.scores.first_row)
+        if not 0 < carried <= self.runner.most_carried or not reads_samples_only(step):
+            return False
+        return not any(drafter.taps for drafter in self._shown(step))
+
+    def _launch_ahead(self, step: InFlight) -> InFlight | None:
+        """The step after this one, before its samples are read; None where they decide what comes next."""
+        scheduler, policy = self.stages.scheduler, self.stages.policy
+        batch = scheduler.schedule_ahead(step.batch, step.scores.first_row, self.max_model_len)
+        if batch is None or not (policy is None or (isinstance(policy, Rests) and policy.rests(batch))):
+            return None
+        return self.launch(batch, time.perf_counter())
+
+    def accept(self, step: InFlight) -> AcceptedStep:
+        """Wait for the forward, and walk the trees."""
+        stages, scores = self.stages, step.scores
+        acceptance = accept(stages.rule, step.batch, step.verified, scores, self.eos_token_ids)
         seconds = self.runner.last_seconds + scores.transform_seconds
-        return InFlight(batch, plan, drafted, verified, scores, acceptance, started, seconds)
+        return AcceptedStep(
+            step.batch, step.plan, step.drafted, step.verified, scores, step.started, acceptance, seconds
+        )
 
     def collect(self, step: InFlight) -> StepOutput:
+        """Accept, commit, tell plan and drafters, forget what is finished."""
+        return self.finish(self.accept(step))
+
+    def finish(self, step: AcceptedStep) -> StepOutput:
         """Commit, tell plan and drafters, forget what is finished."""
         outputs = self.stages.committer.commit(step, time.perf_counter())
         try:
@@ -193,14 +251,17 @@ class Engine:
                 self._forget(item.request)
         return StepOutput(outputs)
 
-    def _feed_back(self, step: InFlight) -> None:
+    def _shown(self, step: InFlight) -> list[Drafter]:
+        """The drafters that are shown what the step commits."""
+        return self.stages.drafting.observers(step.plan.observers) if self.stages.policy is not None else []
+
+    def _feed_back(self, step: AcceptedStep) -> None:
         stages = self.stages
         seconds: dict[str, float] = {}
-        if stages.policy is not None:
-            shown = stages.drafting.observers(step.plan.observers)
+        if shown := self._shown(step):
             wanted = any(Tap.TOP_IDS in d.taps for d in shown)
             started = time.perf_counter()
-            for observation in observations(step, want_top_ids=wanted) if shown else ():
+            for observation in observations(step, want_top_ids=wanted):
                 stages.drafting.observe(observation, shown)
             tapping = [d.name for d in shown if d.taps]
             seconds = dict.fromkeys(tapping, (time.perf_counter() - started) / max(len(tapping), 1))

@@ -8,14 +8,14 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 from paceline.engine.draft_tree import DraftTree
-from paceline.engine.types import DraftBatch, InFlight, NodeLabels, Observation, StepStats
+from paceline.engine.types import AcceptedStep, DraftBatch, NodeLabels, Observation, StepStats
 
 TOP_IDS = 8
 _NONE, _NO_CHANCES = np.empty(0, dtype=np.int64), np.empty(0)
 _NO_LABELS = NodeLabels((), _NONE, _NONE, _NONE, _NONE, _NO_CHANCES, np.empty(0, dtype=np.bool_))
 
 
-def step_stats(step: InFlight, step_seconds: float, observe_seconds: Mapping[str, float]) -> StepStats:
+def step_stats(step: AcceptedStep, step_seconds: float, observe_seconds: Mapping[str, float]) -> StepStats:
     """What the next plan learns.
 
     Args:
@@ -98,7 +98,7 @@ def _tree_labels(tree: DraftTree, committed: Sequence[int]) -> Iterator[tuple[st
             yield name, key, *labelled[node]
 
 
-def observations(step: InFlight, *, want_top_ids: bool) -> Iterator[Observation]:
+def observations(step: AcceptedStep, *, want_top_ids: bool) -> Iterator[Observation]:
     """One observation per request that committed tokens."""
     scores = step.scores
     top = scores.top_ids(0, len(scores.logits), TOP_IDS) if want_top_ids and len(scores.logits) else None

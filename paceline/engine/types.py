@@ -13,7 +13,7 @@ Conventions, stated once:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -40,13 +40,15 @@ class Tap(Enum):
 class ScheduledRequest:
     """One request's share of a step: tokens `start .. start + num_tokens` of its committed sequence.
 
-    `samples` says that the share ends at the root, so that the step commits tokens for this request.
+    `samples` says that the share ends at the root, so that the step commits tokens for this request. A `carried` root
+    is the sample of that row of the step in flight, which nobody has read: it is not among the request's tokens yet.
     """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+    carried: int | None = None
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,22 @@ class TargetScores:
     logits: torch.Tensor  # [num_rows, vocab]
     first_row: tuple[int, ...]
     prompt_rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # request id -> [start, stop) rows
-    drawn: IntArray | None = None
-    """The target's own sample of every row, where the device drew it; or `NOT_DRAWN`, or `NO_LAW`.  # [num_rows]"""
+    read: Callable[[], IntArray] | None = None
+    """Waits for the target's own sample of every row, where the device draws it; or `NOT_DRAWN`, or `NO_LAW`.
+    # [num_rows]"""
+    all_drawn: bool = False
+    """Whether the device draws for every row."""
     transform: str | None = None
     """The target transform that made the logits; None: they are the model's own."""
     transform_seconds: float = 0.0
     """What its own forward took beside the target's."""
     errors: Mapping[str, Exception] = field(default_factory=dict)
     """Requests for which the declared target has no law, and why."""
+
+    @cached_property
+    def drawn(self) -> IntArray | None:
+        """What `read` finds, once.  # [num_rows]"""
+        return None if self.read is None else self.read()
 
     @cached_property
     def host(self) -> NDArray[np.float32]:
@@ -264,8 +274,14 @@ class InFlight:
     drafted: DraftBatch
     verified: DraftBatch
     scores: TargetScores
-    acceptance: Acceptance
     started: float
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedStep(InFlight):
+    """A step whose result is known."""
+
+    acceptance: Acceptance
     forward_seconds: float
 
 

@@ -42,6 +42,8 @@ class SequenceInput:
     tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
     num_causal: int = 0
     """New tokens, the first, that every later one sees and that see one another in causal order."""
+    carried: int = -1
+    """The row of the last launched step whose sample is the first token, whatever id stands there; -1: the id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +108,8 @@ class ModelRunner:
         self._graphs = _graphs(model, kv, limits)
         self._partial: PartialModel | None = None
         self.last_seconds = 0.0
-        """Wall time of the last forward."""
+        """Wall time of the last forward whose result was waited for."""
+        self._last_read = 0.0
         self.num_forwards = 0
         self.num_tokens = 0
         """Tokens through the network so far."""
@@ -135,20 +138,35 @@ class ModelRunner:
 
     @property
     def draws(self) -> bool:
-        """Whether the target's own samples can be drawn on the device (`forward_and_draw`)."""
+        """Whether the target's own samples can be drawn on the device (`launch`)."""
         return self._graphs is not None
 
-    def forward_and_draw(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, IntArray]:
-        """The same where `draws`, and the target's own sample of every row, -1 if no logit of it is finite.
+    @property
+    def most_carried(self) -> int:
+        """Rows of a launched step whose samples may enter the next one before they are read."""
+        return 0 if self._graphs is None else self._graphs.most_carried
+
+    def launch(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, Callable[[], IntArray]]:
+        """Start the forward where `draws`, without waiting for it.
 
         Returns:
-            Logits, and tokens.  # [R, vocab], [R]
+            Logits, which the next forward overwrites; and what waits for the target's own samples of the rows and
+            reads them, -1 where no logit is finite: once, before the next launch but one.  # [R, vocab], [R]
         """
         assert self._graphs is not None, "nothing here draws on the device"
         started = time.perf_counter()
-        logits, tokens = self._graphs.run_and_draw(batch, draws)
+        logits, read = self._graphs.launch(batch, draws)
         self._count(batch, started)
-        return logits, tokens
+
+        def samples() -> IntArray:
+            found = read()
+            now = time.perf_counter()
+            # A step that was launched behind another began when that one ended.
+            self.last_seconds = now - max(started, self._last_read)
+            self._last_read = now
+            return found
+
+        return logits, samples
 
     def forward_with_hidden(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the last hidden states (after the final norm) of the same rows.  # [len(logit_rows), hidden]"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -72,6 +72,34 @@ class Scheduler:
             items.extend(self._admit(budget))
         self._preempted_now = False
         return ScheduledBatch(tuple(items))
+
+    def schedule_ahead(self, batch: ScheduledBatch, rows: Sequence[int], max_model_len: int) -> ScheduledBatch | None:
+        """The step after one that is in flight, without its samples: its requests go on, each by one token.
+
+        Args:
+            batch: the step in flight.
+            rows: of its samples, one for each request.
+            max_model_len: longest sequence.
+
+        Returns:
+            None where the samples or a new admission decide who runs next.
+        """
+        if len(batch.sampling) < len(batch.items) or (self.waiting and len(self.running) < self.max_num_seqs):
+            return None
+        going_on = [
+            (item.request, row) for item, row in zip(batch.items, rows, strict=True) if not item.request.finished
+        ]
+        if [request for request, _ in going_on] != self.running:
+            return None
+        items = []
+        for request, row in going_on:
+            place = len(request.token_ids)
+            if request.num_output + 1 >= request.params.max_tokens or place + 1 >= max_model_len:
+                continue  # the sample in flight is its last one
+            if not self.blocks.grow(request.blocks, place + 1):
+                return None
+            items.append(ScheduledRequest(request, place, 1, samples=True, carried=row))
+        return ScheduledBatch(tuple(items)) if items else None
 
     def _admit(self, budget: int) -> Iterable[ScheduledRequest]:
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:

@@ -62,8 +62,14 @@ class Verifier:
         if not self._runner.draws:
             return TargetScores(self._runner.forward(forward), tuple(first_row), prompt_rows)
         draws = self._draws(batch, drafts, first_row, len(rows))
-        logits, tokens = self._runner.forward_and_draw(forward, draws)
-        return TargetScores(logits, tuple(first_row), prompt_rows, np.where(draws.usable, tokens, NOT_DRAWN))
+        logits, samples = self._runner.launch(forward, draws)
+        return TargetScores(
+            logits,
+            tuple(first_row),
+            prompt_rows,
+            read=lambda: np.where(draws.usable, samples(), NOT_DRAWN),
+            all_drawn=bool(draws.usable.all()),
+        )
 
     def _draws(self, batch: ScheduledBatch, drafts: DraftBatch, first_row: Sequence[int], num_rows: int) -> RowDraws:
         """The noise and temperature of every row that commits or verifies."""
@@ -80,15 +86,17 @@ class Verifier:
                 if not params.greedy:
                     temperature[mine] = max(params.temperature, MIN_TEMPERATURE)
                     seed[mine], sample_index[mine] = request.noise.seed, request.noise.sample_index
-                    position[mine] = len(request.token_ids)
+                    position[mine] = item.start + item.num_tokens
                     position[row + 1 : row + 1 + len(tree)] += tree.depths()
         return RowDraws(usable, temperature, seed.view(np.int64), sample_index, position)
 
 
 def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceInput:
     request, start, stop = item.request, item.start, item.start + item.num_tokens
-    committed: Sequence[int] = request.token_ids[start:stop]
     positions = np.arange(start, stop)
+    if item.carried is not None:
+        return SequenceInput((0,), positions, start, request.blocks, carried=item.carried)
+    committed: Sequence[int] = request.token_ids[start:stop]
     if tree is None or not len(tree):
         return SequenceInput(committed, positions, start, request.blocks)
     return SequenceInput(

@@ -26,8 +26,8 @@ from paceline.engine.feedback import step_stats
 from paceline.engine.request import Request
 from paceline.engine.types import (
     Acceptance,
+    AcceptedStep,
     DraftBatch,
-    InFlight,
     Observation,
     ScheduledBatch,
     ScheduledRequest,
@@ -231,7 +231,7 @@ class World:
         took = self.seconds(batch.num_tokens + kept.num_nodes) + sum(drafted.seconds.values())
         shown = self.drafting.observers(plan.observers)
         acceptance = Acceptance(tuple(walks))
-        flight = InFlight(batch, plan, drafted, kept, _NO_SCORES, acceptance, 0.0, took)
+        flight = AcceptedStep(batch, plan, drafted, kept, _NO_SCORES, 0.0, acceptance, took)
         for item, walk in zip(batch.sampling, walks, strict=True):
             self.drafting.observe(Observation(item.request, walk.tokens, np.empty(0, dtype=np.int64)), shown)
         stats = step_stats(flight, took, {})

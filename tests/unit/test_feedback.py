@@ -9,7 +9,17 @@ from engine_tools import batch_of, greedy, llm, make_request, prompt_of, referen
 
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.feedback import node_labels, observations, step_stats
-from paceline.engine.types import Acceptance, DraftBatch, InFlight, NodeLabels, SpecPlan, StepStats, TargetScores, Walk
+from paceline.engine.types import (
+    Acceptance,
+    AcceptedStep,
+    DraftBatch,
+    InFlight,
+    NodeLabels,
+    SpecPlan,
+    StepStats,
+    TargetScores,
+    Walk,
+)
 from paceline.outputs import generation_stats
 
 PROMPTS = [prompt_of(n) for n in (3, 18, 33, 12)]
@@ -68,7 +78,7 @@ def test_labels_say_where_they_come_from() -> None:
     assert len(node_labels([], acceptance)) == len(node_labels([], {})) == 0
 
 
-def in_flight(drafted: DraftBatch, verified: DraftBatch, walks: list[Walk | None], logits: np.ndarray) -> InFlight:
+def in_flight(drafted: DraftBatch, verified: DraftBatch, walks: list[Walk | None], logits: np.ndarray) -> AcceptedStep:
     requests = [make_request([*range(3, 9)]) for _ in walks]
     for request in requests:
         request.num_computed = 5
@@ -76,7 +86,7 @@ def in_flight(drafted: DraftBatch, verified: DraftBatch, walks: list[Walk | None
     for t in verified.trees:
         first.append(row)
         row += 1 + len(t)
-    return InFlight(
+    return AcceptedStep(
         batch=batch_of(*requests),
         plan=SpecPlan(np.full(len(walks), 4), ("ngram",), 8, ACCEPTANCE),
         drafted=drafted,
@@ -160,16 +170,16 @@ def test_the_counters_of_a_run_add_up(speculation: str, chunk: int) -> None:
     steps: list[StepStats] = []
     requests = [make_request(p, greedy(NEW), prediction_ids=reference(p, NEW)[:9]) for p in PROMPTS]
     verified: dict[str, list[tuple[int, int, int]]] = {r.id: [] for r in requests}  # nodes, path, committed
-    launch = engine.launch
+    accept = engine.accept
 
-    def spy(batch: object, started: float) -> InFlight:
-        step = launch(batch, started)
+    def spy(launched: InFlight) -> AcceptedStep:
+        step = accept(launched)
         for item, t, walk in zip(step.batch.sampling, step.verified.trees, step.acceptance.walks, strict=True):
             assert walk is not None
             verified[item.request.id].append((len(t), len(walk.path), len(walk.tokens)))
         return step
 
-    engine.launch = spy
+    engine.accept = spy
     for request in requests:
         engine.add(request)
     while engine.has_work:

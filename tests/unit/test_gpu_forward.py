@@ -20,6 +20,7 @@ from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.graphs import GraphRunner
 from paceline.model.gpu.weights import is_llama_like
 from paceline.model.kernels.batch import SPLIT_KEYS
+from paceline.model.kernels.embed import embed, embed_twin
 from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput, kv_shape
 
@@ -111,11 +112,11 @@ def test_rows_may_be_asked_for_twice_and_be_many() -> None:
     batch = ForwardBatch((sequence(64, 0, range(1, 6)),), [*range(64), 63])
     compare(slow, fast, batch)
     none = RowDraws(np.zeros(65, dtype=np.bool_), np.zeros(65), *(np.zeros(65, dtype=np.int64) for _ in range(3)))
-    assert len(fast.run_and_draw(batch, none)[1]) == 65
+    assert len(fast.launch(batch, none)[1]()) == 65
     rows = [*range(140)] * 2
     none = RowDraws(np.zeros(280, dtype=np.bool_), np.zeros(280), *(np.zeros(280, dtype=np.int64) for _ in range(3)))
-    logits, drawn = fast.run_and_draw(ForwardBatch((sequence(140, 0, range(1, 12)),), rows), none)
-    assert drawn.tolist() == logits.argmax(dim=1).tolist()
+    logits, read = fast.launch(ForwardBatch((sequence(140, 0, range(1, 12)),), rows), none)
+    assert read().tolist() == logits.argmax(dim=1).tolist()
 
 
 def test_blocks_beyond_the_new_tokens_do_not_matter() -> None:
@@ -130,7 +131,8 @@ def test_draws_are_those_of_the_cpu() -> None:
     temperature = np.array([0.0, 1.0, 0.6, 1.0])
     seed = np.full(4, noise.seed, dtype=np.uint64).view(np.int64)
     draws = RowDraws(np.ones(4, dtype=np.bool_), temperature, seed, np.full(4, 1), np.arange(7, 11))
-    logits, drawn = fast.run_and_draw(batch, draws)
+    logits, read = fast.launch(batch, draws)
+    drawn = read()
     for row, (values, t) in enumerate(zip(logits.cpu().numpy(), temperature, strict=True)):
         words = noise.words(7 + row, Stream.TARGET, len(values))
         expected = values.argmax() if t == 0.0 else Law(values / np.float32(t)).draw(words)
@@ -141,8 +143,45 @@ def test_rows_without_a_law_are_named() -> None:
     _, fast = pair("llama")
     fast._weights.norm.fill_(float("nan"))
     plain = RowDraws(np.ones(1, dtype=np.bool_), np.zeros(1), *(np.zeros(1, dtype=np.int64) for _ in range(3)))
-    _, drawn = fast.run_and_draw(ForwardBatch((sequence(1, 0, range(1, 2)),), [0]), plain)
-    assert drawn.tolist() == [NO_LAW]
+    _, read = fast.launch(ForwardBatch((sequence(1, 0, range(1, 2)),), [0]), plain)
+    assert read().tolist() == [NO_LAW]
+
+
+def test_samples_enter_the_next_step_before_they_are_read() -> None:
+    """Also where the step's bucket is captured only then, and where sequences are put in another order."""
+    _, fast = pair("llama")
+    _, slow = pair("llama")
+    greedy = RowDraws(np.ones(2, dtype=np.bool_), np.zeros(2), *(np.zeros(2, dtype=np.int64) for _ in range(3)))
+    first = ForwardBatch((sequence(5, 0, range(1, 3)), sequence(4, 0, range(3, 5), 1)), [4, 8])
+    unread = [fast.launch(first, greedy)[1]]
+    known = slow.launch(first, greedy)[1]().tolist()
+    for step in range(3):
+        place = [5 + step, 4 + step]
+        chunk = (sequence(70, 0, range(8, 14), 3),) if step == 2 else ()
+
+        def batch(tokens: list[int], carried: list[int], *, place=place, chunk=chunk) -> ForwardBatch:
+            ones = [
+                SequenceInput([token], np.array([at]), at, list(blocks), carried=row)
+                for token, at, blocks, row in zip(tokens, place, (range(1, 3), range(3, 5)), carried, strict=True)
+            ]
+            return ForwardBatch((*chunk, *ones), [len(chunk) * 70, len(chunk) * 70 + 1])
+
+        unread.append(fast.launch(batch([0, 0], [0, 1]), greedy)[1])
+        assert unread[-2]().tolist() == known
+        known = slow.launch(batch(known, [-1, -1]), greedy)[1]().tolist()
+    assert unread[-1]().tolist() == known
+
+
+def test_embeddings_are_those_of_the_twin() -> None:
+    rng = np.random.default_rng(0)
+    embedding = torch.randn(50, 72, device=DEVICE)
+    drawn = torch.tensor([3, NO_LAW, 49], dtype=torch.int32, device=DEVICE)
+    tokens = torch.tensor(rng.integers(0, 50, 7), device=DEVICE)
+    carried = torch.tensor([-1, 2, -1, 0, 1, -1, 2], device=DEVICE)
+    out = torch.full((7, 72), float("nan"), device=DEVICE)
+    assert torch.equal(embed(tokens, carried, drawn, embedding, out), embed_twin(tokens, carried, drawn, embedding))
+    assert torch.equal(out[1], embedding[49])
+    assert torch.equal(out[4], embedding[0])
 
 
 def test_buckets_hold_what_they_are_found_for() -> None:

@@ -14,6 +14,7 @@ from paceline.model.gpu.tiles import SOME, tile_for
 from paceline.model.gpu.weights import DecoderWeights, LayerWeights
 from paceline.model.kernels.attend import Partials, attend
 from paceline.model.kernels.batch import AttentionBatch
+from paceline.model.kernels.embed import embed
 from paceline.model.kernels.gate import apply_gate
 from paceline.model.kernels.kv_write import rope_write_kv
 from paceline.model.kernels.norms import rms_norm
@@ -76,6 +77,17 @@ class Scratch:
         return sum(t.nbytes for t in (*rows, self.logits, self.splits))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTokens:
+    """The tokens of a step, padding included."""
+
+    ids: torch.Tensor  # int64 [T]
+    carried: torch.Tensor
+    """The row of the step before whose sample stands in the id's place; -1: none.  # int64 [T]"""
+    drawn: torch.Tensor
+    """Samples of the step before.  # int32 [rows]"""
+
+
 def split_bytes(weights: DecoderWeights, splits: int) -> int:
     """What the splits of one row's keys take."""
     return weights.heads * splits * (weights.head_dim + 1) * 4
@@ -98,7 +110,7 @@ class Decoder:
 
     def run(
         self,
-        tokens: torch.Tensor,
+        tokens: StepTokens,
         batch: AttentionBatch,
         wanted: torch.Tensor,
         scratch: Scratch,
@@ -107,7 +119,7 @@ class Decoder:
         """Compute the batch and write its KV.
 
         Args:
-            tokens: ids, padding included.  # int64 [T]
+            tokens: what enters.
             batch: who sees what.
             wanted: flat rows whose logits are asked for.  # int64 [R]
             scratch: large enough.
@@ -117,9 +129,9 @@ class Decoder:
             Logits and last hidden states (after the final norm) of the wanted rows, parts of the scratch.
             # fp32 [R, vocab], [R, hidden]
         """
-        num_tokens, num_rows = len(tokens), len(wanted)
+        num_tokens, num_rows = len(tokens.ids), len(wanted)
         weights, hidden = self.weights, scratch.hidden[:num_tokens]
-        torch.index_select(weights.embedding, 0, tokens, out=hidden)
+        embed(tokens.ids, tokens.carried, tokens.drawn, weights.embedding, hidden)
         for group in self._whole if path is None else path.groups:
             entry = hidden if len(group) == 1 else scratch.entry[:num_tokens].copy_(hidden)
             for number in group:

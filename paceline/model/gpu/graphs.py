@@ -20,7 +20,7 @@ from paceline.arrays import IntArray
 from paceline.cache.paged_kv import PagedKV
 from paceline.engine.types import NO_LAW
 from paceline.model.gpu.buckets import Bucket, Buckets
-from paceline.model.gpu.decoder import Decoder, Scratch, split_bytes
+from paceline.model.gpu.decoder import Decoder, Scratch, StepTokens, split_bytes
 from paceline.model.gpu.weights import fuse_weights
 from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, SPLIT_KEYS
 from paceline.model.kernels.draw import Places, draw_rows
@@ -46,7 +46,8 @@ class _Outputs:
 
     logits: torch.Tensor  # fp32 [R, vocab]
     hidden: torch.Tensor  # [R, hidden]
-    drawn: torch.Tensor  # int32 [R], NO_LAW where there is no finite maximum
+    drawn: torch.Tensor
+    """NO_LAW where there is no finite maximum. The same memory for all but the largest steps.  # int32 [R]"""
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +83,10 @@ class GraphRunner:
         most = max(buckets.sizes())
         needed = most * split_bytes(w, buckets.most_splits)
         self._scratch = Scratch.empty(w, most, min(most, buckets.max_rows), min(needed, _MOST_PARTIALS))
-        self._drawn = torch.empty(min(most, buckets.max_rows), dtype=torch.int32, pin_memory=cuda)
+        self._latest = torch.full((min(most, buckets.max_rows),), NO_LAW, dtype=torch.int32, device=self._device)
+        self._no_law = torch.tensor(NO_LAW, dtype=torch.int32, device=self._device)
+        # Two, since a step may be launched before the one in flight is read.
+        self._on_host = [torch.empty(len(self._latest), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._seen: set[tuple[Bucket, ForwardPath]] = set()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
@@ -115,24 +119,44 @@ class GraphRunner:
         outputs = self._run(batch, None)
         return outputs.logits[:rows], outputs.hidden[:rows]
 
+    @property
+    def most_carried(self) -> int:
+        """Rows of a step whose samples may enter the next one unread."""
+        return len(self._latest)
+
     @torch.inference_mode()
-    def run_and_draw(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, IntArray]:
-        """Compute the batch, draw the target's sample of every wanted row, and wait for the samples.
+    def launch(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, Callable[[], IntArray]]:
+        """Start computing the batch and drawing the target's sample of every wanted row.
 
         Returns:
-            Logits, which the next call overwrites, and samples.  # fp32 [R, vocab], [R]
+            Logits, which the next call overwrites, and what waits for the samples and reads them; it must be called
+            before the next launch but one.  # fp32 [R, vocab], [R]
         """
         rows = len(batch.logit_rows)
         outputs = self._run(batch, draws)
-        drawn, host = outputs.drawn[:rows], self._drawn[:rows]
+        drawn, host = outputs.drawn[:rows], self._on_host[0]
         if len(host) < rows:
-            host = drawn.cpu()
-        elif self._device.type == "cuda":
-            host.copy_(drawn, non_blocking=True)
-            torch.cuda.current_stream(self._device).synchronize()
+            host = torch.empty(rows, dtype=torch.int32)
         else:
-            host = drawn
-        return outputs.logits[:rows], host.numpy().astype(np.int64)
+            self._on_host.reverse()
+        host = host[:rows]
+        host.copy_(drawn, non_blocking=True)
+        done = self._mark()
+
+        def read() -> IntArray:
+            if done is not None:
+                done.synchronize()
+            return host.numpy().astype(np.int64)
+
+        return outputs.logits[:rows], read
+
+    def _mark(self) -> Any:
+        """This point of the device's work."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
     def _run(self, batch: ForwardBatch, draws: RowDraws | None) -> _Outputs:
         step = _Step(batch, draws)
@@ -159,11 +183,15 @@ class GraphRunner:
 
     def _launch(self, buffers: BatchBuffers, scratch: Scratch, path: ForwardPath | None) -> _Outputs:
         extra = buffers.extra
-        logits, hidden = self._decoder.run(extra["token_ids"], buffers.batch, extra["logit_rows"], scratch, path)
+        tokens = StepTokens(extra["token_ids"], extra["carried"], self._latest)
+        logits, hidden = self._decoder.run(tokens, buffers.batch, extra["logit_rows"], scratch, path)
         places = Places(extra["seed"], extra["sample_index"], extra["position"])
         temperature = extra["temperature"].view(torch.float32)[: len(logits)]
         found = draw_rows(LogitRows(logits), places, temperature)
-        return _Outputs(logits, hidden, torch.where(found.finite, found.token, NO_LAW))
+        if len(logits) > len(self._latest):
+            return _Outputs(logits, hidden, torch.where(found.finite, found.token, self._no_law))
+        drawn = torch.where(found.finite, found.token, self._no_law, out=self._latest[: len(logits)])
+        return _Outputs(logits, hidden, drawn)
 
     def _of(self, bucket: Bucket, path: ForwardPath | None) -> _Captured:
         found = self._captured.get((bucket, path))
@@ -177,6 +205,8 @@ class GraphRunner:
         return found
 
     def _capture(self, captured: _Captured, path: ForwardPath | None) -> None:
+        torch.cuda.synchronize(self._device)  # the step in flight uses the same scratch, ...
+        latest = self._latest.clone()  # ... and its samples may enter the step that is captured for
         try:
             with torch.cuda.stream(self._stream):
                 self._launch(captured.buffers, self._scratch, path)  # compiles what is not compiled yet
@@ -189,6 +219,8 @@ class GraphRunner:
             logger.warning("a CUDA graph could not be captured; kernels are launched one by one", exc_info=True)
             self.eager = True
             return
+        finally:
+            self._latest.copy_(latest)
         captured.graph, captured.outputs = graph, outputs
 
     def _shape(self, bucket: Bucket) -> BatchShape:
@@ -207,6 +239,7 @@ class GraphRunner:
             max_chunk_tiles=chunk_tiles,
             extra=(
                 ("token_ids", bucket.tokens),
+                ("carried", bucket.tokens),
                 *((name, bucket.rows) for name in ("logit_rows", "seed", "sample_index", "position")),
                 ("temperature", -(-bucket.rows // 2)),
             ),
@@ -242,6 +275,7 @@ class _Step:
             wanted = wanted - starts[owner] + place[owner]
             sequences, new = tuple(sequences[i] for i in order), [new[i] for i in order]
         self.sequences, self.new, self.wanted = sequences, new, wanted
+        self.carried = np.array([s.carried for s in sequences], dtype=np.int64)
         self.longest = max(
             (s.context_len + n for s, n in zip(sequences, new, strict=True) if n < CHUNK_FROM), default=1
         )
@@ -254,7 +288,9 @@ class _Step:
         sequences = self.sequences
         tokens = np.array([t for s in sequences for t in s.token_ids], dtype=np.int64)
         single = len(sequences) == 1
-        extra = {"token_ids": tokens, "logit_rows": self.wanted}
+        carried = np.full(len(buffers.extra["carried"]), -1, dtype=np.int64)
+        carried[np.cumsum(self.new) - self.new] = self.carried
+        extra = {"token_ids": tokens, "logit_rows": self.wanted, "carried": carried}
         if self.draws is not None:
             extra |= _words_of(self.draws)
         buffers.fill(

@@ -128,6 +128,7 @@ class BatchBuffers:
         for name in ("slot_mapping", "tile_seq", "chunk_tile_seq"):  # nothing is written or computed yet
             self._fields[name][:] = -1
         self._device.copy_(self._host)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         tiles = (
             Tiles(views.pop("tile_seq"), views.pop("tile_start"), shape.tile_queries, shape.num_splits),
             Tiles(views.pop("chunk_tile_seq"), views.pop("chunk_tile_start"), shape.chunk_queries, 0),
@@ -146,10 +147,7 @@ class BatchBuffers:
         key_end: Sequence[int] | None = None,
         extra: Mapping[str, IntArray] | None = None,
     ) -> AttentionBatch:
-        """Describe a step and copy it to the device, without waiting for the copy.
-
-        The host buffer may be filled again only when the copy has been made; a second pair of buffers, used in turn,
-        is enough where a step is collected before the next but one is launched.
+        """Describe a step and copy it to the device, without waiting for the copy (but for the one before it).
 
         Args:
             num_new: New tokens of each sequence; sequences in decode tiles come first.  [S]
@@ -165,6 +163,8 @@ class BatchBuffers:
             The batch, the same object every time.
         """
         f = self._fields
+        if self._copied is not None:
+            self._copied.synchronize()
         new = np.asarray(num_new, dtype=np.int64)
         context = np.asarray(context_len, dtype=np.int64)
         num_seqs, num_tokens = len(new), int(new.sum())
@@ -186,6 +186,8 @@ class BatchBuffers:
         for name, values in (extra or {}).items():
             f[name][: len(values)] = values
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device.device))
         return self.batch
 
     def _fill_slots(self, starts: IntArray, new: IntArray, context: IntArray) -> None:
