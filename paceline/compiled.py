@@ -19,7 +19,14 @@ from typing import Any
 import numba
 
 _ROOT = Path(__file__).parent
-_COMPILED = ("compiled.py", "engine/race.py", "engine/rng.py", "draft/suffixes/*.py", "model/native/*.py")
+_COMPILED = (
+    "compiled.py",
+    "engine/race.py",
+    "engine/rng.py",
+    "draft/suffixes/*.py",
+    "model/kernels/layout.py",
+    "model/native/*.py",
+)
 """Files whose content decides what machine code comes of them."""
 _PREFIX = "compiled-"
 

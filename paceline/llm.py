@@ -13,6 +13,7 @@ from paceline.config import EngineConfig, SamplingParams
 from paceline.constrain.compiler import Grammars
 from paceline.engine.builder import build_engine
 from paceline.engine.constraint import Constraint
+from paceline.engine.garbage import leave_out_what_is_loaded
 from paceline.engine.request import Request
 from paceline.engine.rng import fresh_seed
 from paceline.engine.speculation import check_speculation
@@ -69,6 +70,7 @@ class LLM:
         self._grammars: Grammars | None = None
         self._ids = itertools.count()
         self._open: dict[str, Collector] = {}
+        self._thaw = leave_out_what_is_loaded(self)
 
     @property
     def model_name(self) -> str:
@@ -107,11 +109,10 @@ class LLM:
         finished = 0
         try:
             while finished < len(collectors):
-                self._advance()
-                done = sum(c.finished for c in collectors)
-                if done > finished:
-                    finished = done
-                    on_finished(finished)
+                if self._advance():
+                    done, finished = finished, sum(c.finished for c in collectors)
+                    if finished > done:
+                        on_finished(finished)
         finally:
             self._close_all(collectors)
         by_id = {c.request.id: c for c in collectors}
@@ -158,7 +159,7 @@ class LLM:
         plain = self._as_prompt(prompt)
         (request,) = self._requests(plain, params, cache_salt)
         self.engine.validate(request)
-        return self._stream(plain, Collector(request))
+        return self._stream(plain, Collector(request, keeps_news=True))
 
     def _as_prompt(self, prompt: Prompt | Messages) -> Prompt:
         if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], Mapping):
@@ -188,6 +189,7 @@ class LLM:
     def close(self) -> None:
         """Cancel everything that runs, and end the process that compiles grammars."""
         self.engine.abort_all()
+        self._thaw()
         if self._grammars is not None:
             self._grammars.close()
             self._grammars = None
@@ -217,11 +219,18 @@ class LLM:
         finally:
             self._close_all([collector])
 
-    def _advance(self) -> None:
-        """One step; its news goes to whoever waits for it, so that calls and streams may interleave."""
+    def _advance(self) -> bool:
+        """One step; its news goes to whoever waits for it, so that calls and streams may interleave.
+
+        Returns:
+            Whether anyone has got all there is.
+        """
+        ended = False
         for news in self.engine.step().outputs:
             if news.request_id in self._open:
                 self._open[news.request_id].add(news)
+                ended = ended or news.finish_reason is not None
+        return ended
 
     def _open_all(self, collectors: Sequence[Collector]) -> None:
         """Start all requests or none."""

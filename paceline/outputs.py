@@ -100,13 +100,14 @@ class StreamChunk:
 
 
 class Collector:
-    """Gathers one request's news into a completion."""
+    """Gathers one request's news into a completion; with `keeps_news`, one by one for a stream too."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, keeps_news: bool = False) -> None:
         self.request = request
         self.finished = False
         self.unread: deque[RequestOutput] = deque()
         """News that a stream has not passed on yet."""
+        self._keeps_news = keeps_news
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -114,10 +115,12 @@ class Collector:
 
     def add(self, news: RequestOutput) -> None:
         """Take in a step's news."""
-        self.unread.append(news)
+        if self._keeps_news:
+            self.unread.append(news)
         self.finished = news.finish_reason is not None
         self._pieces.extend(news.pieces)
-        self._logprobs.extend(news.logprobs)
+        if news.logprobs:
+            self._logprobs.extend(news.logprobs)
         self.prompt_logprobs = news.prompt_logprobs or self.prompt_logprobs
         self._error = news.error
 

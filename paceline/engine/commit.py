@@ -16,6 +16,8 @@ from paceline.engine.types import AcceptedStep, RequestOutput, ScheduledRequest,
 from paceline.errors import RequestError
 
 logger = logging.getLogger(__name__)
+_OWN = (None,)
+"""The drafter of a token that is the target's own."""
 
 
 class Committer:
@@ -60,7 +62,7 @@ class Committer:
             step.scores.first_row,
             strict=True,
         )
-        for item in step.batch.items:
+        for item in step.batch.items if step.scores.prompt_rows else ():
             self._keep_prompt_logprobs(item, step.scores)
         for item, tree, walk, row in rows:
             request = item.request
@@ -113,10 +115,10 @@ class Committer:
             request.id,
             token_ids=walk.tokens[:kept],
             pieces=tuple(pieces),
-            drafters=(*[tree.drafter[node] for node in path], *((None,) if kept > len(path) else ())),
+            drafters=(*[tree.drafter[node] for node in path], *_OWN[: kept - len(path)]),
             num_draft_tokens=len(tree.tokens),
-            logprobs=self._logprobs(request, walk.tokens[:kept], row, walk.path, scores),
-            prompt_logprobs=tuple(self._prompt_logprobs.pop(request, ())),
+            logprobs=() if request.params.logprobs is None else self._logprobs(request, walk, kept, row, scores),
+            prompt_logprobs=tuple(self._prompt_logprobs.pop(request, ())) if self._prompt_logprobs else (),
             finish_reason=finish,
         )
 
@@ -177,13 +179,11 @@ class Committer:
         stats.last_token = now
 
     def _logprobs(
-        self, request: Request, tokens: Sequence[int], row: int, path: Sequence[int], scores: TargetScores
+        self, request: Request, walk: Walk, kept: int, row: int, scores: TargetScores
     ) -> tuple[TokenLogprobs, ...]:
-        top = request.params.logprobs
-        if top is None:
-            return ()
-        rows = [row, *(row + 1 + node for node in path)]
-        return tuple(_logprob(scores, r, t, top) for r, t in zip(rows, tokens, strict=False))
+        rows = [row, *(row + 1 + node for node in walk.path)]
+        top = request.params.logprobs or 0
+        return tuple(_logprob(scores, r, t, top) for r, t in zip(rows, walk.tokens[:kept], strict=False))
 
     def _keep_prompt_logprobs(self, item: ScheduledRequest, scores: TargetScores) -> None:
         """Collect the prompt's log-probabilities; the first token has none."""

@@ -33,11 +33,12 @@ class Detokenizer:
         visible: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
         self._visible = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in visible}
         self._stream = DecodeStream(skip_special_tokens=True)
         self._prompt_end = list(prompt_ids[-_PRIMING:])
         for token in self._prompt_end:
-            self._stream.step(tokenizer.backend_tokenizer, token)
+            self._stream.step(self._backend, token)
         self._stop = tuple(stop)
         self._longest = max((len(s) for s in stop), default=0)
         self._text = ""
@@ -55,10 +56,13 @@ class Detokenizer:
             The text it releases, and whether a stop string is complete (the text then ends before it).
         """
         before = len(self._text)
-        said = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
-        self._text += self._visible.get(token, said)
+        said = self._stream.step(self._backend, token) or ""
+        if self._visible:
+            said = self._visible.get(token, said)
+        self._text += said
         if not self._stop:
-            return self._release(len(self._text)), False
+            self._released = len(self._text)
+            return said, False
         if check_stop:
             # Only what this token completes: an earlier end (before `min_tokens`) was passed and stays passed.
             hits = [at for s in self._stop if (at := self._text.find(s, max(0, before - len(s) + 1))) >= 0]

@@ -8,7 +8,8 @@ Two edges go backward: `StepStats` to the next plan and `Observation` to the dra
 Conventions, stated once:
 - the *root* of a request is its last committed token, whose KV is not computed yet; it is not a node of the tree;
 - draft nodes are numbered 0..n-1, every parent before its children; `parents[i] == -1` means "child of the root";
-- siblings stand in the order in which their drafter made them.
+- siblings stand in the order in which their drafter made them;
+- what is made anew for every request in every step is a named tuple, which costs a fifth of a frozen dataclass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,8 +37,7 @@ class Tap(Enum):
     """The most likely token ids of every verified node."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """One request's share of a step: tokens `start .. start + num_tokens` of its committed sequence.
 
     `samples` says that the share ends at the root, so that the step commits tokens for this request. A `carried` root
@@ -245,8 +245,7 @@ class TargetTransform(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(NamedTuple):
     """What an acceptance rule decided for one request.
 
     `path` are the accepted nodes from the root down; `tokens` what is committed: the path's tokens and one token
@@ -294,8 +293,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """News of one request after a step.
 
     `drafters[i]` guessed `token_ids[i]` (None: the target's own token); `pieces[i]` is the text that this token

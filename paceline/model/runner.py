@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 _NO_TAIL = np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SequenceInput:
+class SequenceInput(NamedTuple):
     """One sequence's new tokens: they take the cache indices `context_len ..` of its block table.
 
     `visible[i, j]` says that new token i sees new token j; None is plain causal order. Draft nodes that are in the
@@ -39,7 +38,7 @@ class SequenceInput:
     context_len: int
     blocks: Sequence[int]
     visible: BoolArray | None = None  # [n, len(tail_positions) + n]
-    tail_positions: IntArray = field(default_factory=lambda: _NO_TAIL)
+    tail_positions: IntArray = _NO_TAIL
     num_causal: int = 0
     """New tokens, the first, that every later one sees and that see one another in causal order."""
     carried: int = -1

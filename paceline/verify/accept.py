@@ -34,9 +34,13 @@ def accept(
     """
     walks: list[Walk | None] = []
     errors: dict[str, Exception] = {}
+    drawn = None if scores.drawn is None else scores.drawn.tolist()
     for item, tree, row in zip(batch.sampling, drafts.trees, scores.first_row, strict=True):
         try:
-            walks.append(_accept_one(rule, item.request, tree, scores, row, stop_ids))
+            if drawn is None or drawn[row] == NOT_DRAWN:
+                walks.append(_accept_one(rule, item.request, tree, scores, row, stop_ids))
+            else:
+                walks.append(follow(tree, drawn[row : row + 1 + len(tree.tokens)]))
         except Exception as error:
             logger.exception("request %s failed in acceptance", item.request.id)
             errors[item.request.id] = error
@@ -55,8 +59,6 @@ def _accept_one(
     params = request.params
     if request.id in scores.errors:
         raise scores.errors[request.id]
-    if scores.drawn is not None and scores.drawn[first_row] != NOT_DRAWN:
-        return follow(tree, scores.drawn[first_row : first_row + 1 + len(tree)].tolist())
     output = request.output_ids if params.edits_logits else []
     prompt = request.token_ids[: request.prompt_len] if params.edits_logits else []
     masked = (*stop_ids, *params.stop_token_ids)

@@ -44,12 +44,15 @@ def follow(tree: DraftTree, drawn: Sequence[int]) -> Walk:
         PacelineError: the logits of a node on the walk hold no finite value.
     """
 
+    if len(drawn) == 1 and drawn[0] != NO_LAW:
+        return Walk((), (drawn[0],))
+
     def sample(node: int, _: Sequence[int]) -> int:
         if drawn[node + 1] == NO_LAW:
             raise PacelineError("the model returned logits without a finite maximum.")
         return drawn[node + 1]
 
-    return _walk(tree, sample) if len(drawn) > 1 else Walk((), (sample(ROOT, ()),))
+    return _walk(tree, sample)
 
 
 def _walk(tree: DraftTree, sample: Callable[[int, Sequence[int]], int]) -> Walk:

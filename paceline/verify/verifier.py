@@ -19,6 +19,8 @@ from paceline.engine.types import (
 )
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput
 
+_ROOT_ONLY = (0,)
+
 
 class Verifier:
     """Scores draft trees with the target.
@@ -53,7 +55,7 @@ class Verifier:
                 rows.extend(range(start, end))
             if tree is not None:
                 first_row.append(len(rows))
-                rows.extend(range(end - 1, end + len(tree)))
+                rows.extend(range(end - 1, end + len(tree.tokens)))
             start += len(inputs[-1].token_ids)
         forward = ForwardBatch(tuple(inputs), rows)
         if self._transform is not None:
@@ -73,22 +75,24 @@ class Verifier:
 
     def _draws(self, batch: ScheduledBatch, drafts: DraftBatch, first_row: Sequence[int], num_rows: int) -> RowDraws:
         """The noise and temperature of every row that commits or verifies."""
-        usable = np.zeros(num_rows, dtype=np.bool_)
-        temperature = np.zeros(num_rows)
-        seed = np.zeros(num_rows, dtype=np.uint64)
-        sample_index, position = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=np.int64)
+        usable = [False] * num_rows
+        temperature = [0.0] * num_rows
+        seed, sample_index, position = [0] * num_rows, [0] * num_rows, [0] * num_rows
         for item, tree, row in zip(batch.sampling, drafts.trees, first_row, strict=True):
             request = item.request
             params = request.params
-            if request.constraint is None and params.law_is_plain and (params.greedy or self._shares_noise):
-                mine = slice(row, row + 1 + len(tree))
-                usable[mine] = True
+            if request.constraint is not None or not params.law_is_plain or not (params.greedy or self._shares_noise):
+                continue
+            depths = (0, *tree.depths().tolist()) if len(tree.tokens) else _ROOT_ONLY
+            for r, depth in enumerate(depths, start=row):
+                usable[r] = True
                 if not params.greedy:
-                    temperature[mine] = max(params.temperature, MIN_TEMPERATURE)
-                    seed[mine], sample_index[mine] = request.noise.seed, request.noise.sample_index
-                    position[mine] = item.start + item.num_tokens
-                    position[row + 1 : row + 1 + len(tree)] += tree.depths()
-        return RowDraws(usable, temperature, seed.view(np.int64), sample_index, position)
+                    temperature[r] = max(params.temperature, MIN_TEMPERATURE)
+                    seed[r], sample_index[r] = request.seed, request.sample_index
+                    position[r] = item.start + item.num_tokens + depth
+        words = (np.array(values, dtype=np.int64) for values in (sample_index, position))
+        seeds = np.array(seed, dtype=np.uint64).view(np.int64)
+        return RowDraws(np.array(usable), np.array(temperature), seeds, *words)
 
 
 def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceInput:

@@ -7,7 +7,7 @@ launched, and what a launch got is copied, since the engine changes it meanwhile
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class LateDevice:
         """Keep a copy."""
         carries = any(s.carried >= 0 for s in batch.sequences)
         sequences = tuple(
-            replace(s, token_ids=tuple(s.token_ids), blocks=tuple(s.blocks), positions=s.positions.copy())
+            s._replace(token_ids=tuple(s.token_ids), blocks=tuple(s.blocks), positions=s.positions.copy())
             for s in batch.sequences
         )
         batch = ForwardBatch(sequences, tuple(batch.logit_rows))
@@ -77,7 +77,7 @@ class LateDevice:
                 continue
             before = self._launched[number - 1].drawn if number else None
             sequences = tuple(
-                s if s.carried < 0 else replace(s, token_ids=(max(int(before[s.carried]), 0),))  # type: ignore[index]
+                s if s.carried < 0 else s._replace(token_ids=(max(int(before[s.carried]), 0),))  # type: ignore[index]
                 for s in step.batch.sequences
             )
             batch = ForwardBatch(sequences, step.batch.logit_rows)

@@ -14,6 +14,7 @@ from kernel_tools import BLOCK_SIZE, DEVICE, Sequence, bushy, make, tree_of
 
 from paceline.model.attention import SequenceAttention
 from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
+from paceline.model.kernels.layout import lay_slots, lay_tiles
 from paceline.model.kernels.twins import sees
 
 
@@ -84,3 +85,31 @@ def test_more_than_the_shape_holds_is_refused() -> None:
     shape = BatchShape(10, 2, 40, BLOCK_SIZE, groups=1, max_splits=1)
     with pytest.raises(AssertionError, match="splits hold"):
         fill(BatchBuffers(shape, DEVICE), [Sequence(300)])
+
+
+def test_slots_and_tiles_are_those_of_the_plain_loops() -> None:
+    """Native loops against arrays, for any mixture of decode steps, trees and chunks."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        new = np.sort(rng.choice([1, 2, 5, 16, 64, 65, 90], size=rng.integers(1, 6)))
+        context = rng.integers(0, 100, len(new)).astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+        tables = rng.permutation(len(new) * 12).reshape(len(new), 12).astype(np.int32)
+        slots = np.full(starts[-1] + 3, 7, dtype=np.int64)
+        assert lay_slots(starts, context, tables, 16, slots)
+        indices = np.concatenate([np.arange(c, c + n) for c, n in zip(context, new, strict=True)])
+        owner = np.repeat(np.arange(len(new)), new)
+        assert slots.tolist() == [*(tables[owner, indices // 16] * 16 + indices % 16), -1, -1, -1]
+        for least, most, queries in ((1, 64, 5), (65, 400, 21)):
+            seq, start = np.full((2, 300), 7, dtype=np.int32)
+            count = lay_tiles(starts, least, most, queries, seq, start)
+            expected = [
+                (s, row)
+                for s, n in enumerate(new)
+                if least <= n <= most
+                for row in range(starts[s], starts[s + 1], queries)
+            ]
+            assert list(zip(seq[:count], start[:count], strict=True)) == expected
+            assert (seq[count:] == -1).all()
+            assert count < 2 or lay_tiles(starts, least, most, queries, seq[:1], start[:1]) == count
+    assert not lay_slots(np.array([0, 8], np.int32), np.array([10], np.int32), np.zeros((1, 1), np.int32), 16, slots)

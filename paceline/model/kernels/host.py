@@ -19,6 +19,7 @@ from paceline.model.kernels.batch import (
     AttentionBatch,
     Tiles,
 )
+from paceline.model.kernels.layout import lay_slots, lay_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +169,10 @@ class BatchBuffers:
         new = np.asarray(num_new, dtype=np.int64)
         context = np.asarray(context_len, dtype=np.int64)
         num_seqs, num_tokens = len(new), int(new.sum())
-        starts = np.concatenate([[0], np.cumsum(new)])
-        f["query_start"][: num_seqs + 1] = starts
+        f["query_start"][0] = 0
+        np.cumsum(new, out=f["query_start"][1 : num_seqs + 1])
         f["query_start"][num_seqs + 1 :] = num_tokens
+        starts = f["query_start"][: num_seqs + 1]
         f["context_len"][:num_seqs] = context
         f["key_start"][:num_seqs] = 0 if key_start is None else key_start
         f["key_end"][:num_seqs] = context + new if key_end is None else key_end
@@ -178,7 +180,8 @@ class BatchBuffers:
         f["positions"][:num_tokens] = positions
         for table, blocks in zip(f["block_tables"], block_tables, strict=False):
             table[: len(blocks)] = blocks
-        self._fill_slots(starts, new, context)
+        fits = lay_slots(starts, f["context_len"], f["block_tables"], self.shape.block_size, f["slot_mapping"])
+        assert fits, "a sequence is longer than the shape's block tables"
         for s, tree in enumerate(trees):
             if tree is not None:
                 self._fill_tree(s, int(starts[s]), int(starts[s + 1]), tree)
@@ -190,15 +193,6 @@ class BatchBuffers:
             self._copied.record(torch.cuda.current_stream(self._device.device))
         return self.batch
 
-    def _fill_slots(self, starts: IntArray, new: IntArray, context: IntArray) -> None:
-        f, size = self._fields, self.shape.block_size
-        num_tokens = int(starts[-1])
-        seq = np.repeat(np.arange(len(new)), new)
-        index = np.arange(num_tokens) - starts[seq] + context[seq]
-        blocks = f["block_tables"][seq, index // size].astype(np.int64)
-        f["slot_mapping"][:num_tokens] = blocks * size + index % size
-        f["slot_mapping"][num_tokens:] = -1
-
     def _fill_tree(self, s: int, first: int, last: int, tree: Tree) -> None:
         f = self._fields
         width = tree.visible.shape[1]
@@ -208,20 +202,19 @@ class BatchBuffers:
         f["tree_positions"][s, :tail] = tree.tail_positions
         f["tree_positions"][s, tail:width] = f["positions"][last - (width - tail) : last]
 
-    def _fill_tiles(self, starts: IntArray, new: IntArray) -> None:
+    def _fill_tiles(self, starts: NDArray[np.integer], new: IntArray) -> None:
         shape, f = self.shape, self._fields
-        chunk = new >= CHUNK_FROM if shape.max_chunk_tiles else np.zeros(len(new), dtype=np.bool_)
-        assert not np.any(chunk[:-1] & ~chunk[1:]), "sequences in decode tiles come first"
+        longest = CHUNK_FROM - 1 if shape.max_chunk_tiles else shape.max_tokens
+        chunk = new > longest
+        assert not chunk.any() or chunk[chunk.argmax() :].all(), "sequences in decode tiles come first"
         keys = (f["key_end"] - f["key_start"])[: len(new)][~chunk]
         assert keys.max(initial=0) <= shape.num_splits * SPLIT_KEYS, "more keys than the shape's splits hold"
-        for name, those, queries in (("tile", ~chunk, shape.tile_queries), ("chunk_tile", chunk, shape.chunk_queries)):
-            count = np.where(those, -(-new // queries), 0)
-            seq = np.repeat(np.arange(len(new)), count)
-            before = np.cumsum(count) - count
-            assert len(seq) <= len(f[f"{name}_seq"]), f"{len(seq)} {name}s are more than the shape has"
-            f[f"{name}_seq"][: len(seq)] = seq
-            f[f"{name}_seq"][len(seq) :] = -1
-            f[f"{name}_start"][: len(seq)] = starts[seq] + (np.arange(len(seq)) - before[seq]) * queries
+        for name, least, most, queries in (
+            ("tile", 1, longest, shape.tile_queries),
+            ("chunk_tile", longest + 1, shape.max_tokens, shape.chunk_queries),
+        ):
+            count = lay_tiles(starts, least, most, queries, f[f"{name}_seq"], f[f"{name}_start"])
+            assert count <= len(f[f"{name}_seq"]), f"{count} {name}s are more than the shape has"
 
 
 def _padded_bytes(kind: type[np.integer], dims: tuple[int, ...]) -> int:
