@@ -170,7 +170,9 @@ class Replay:
         seconds = forward + sum(drafted.seconds.values())
         outcome.seconds += seconds
         if policy is not None and sampling:
-            done = AcceptedStep(batch, plan, drafted, verified, _NO_SCORES, 0.0, Acceptance(walks), forward)
+            done = AcceptedStep(
+                batch, plan, drafted, verified, _NO_SCORES, 0.0, acceptance=Acceptance(walks), forward_seconds=forward
+            )
             policy.learn(step_stats(done, seconds, {}))
         for item in batch.items:
             item.request.num_computed += item.num_tokens

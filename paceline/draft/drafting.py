@@ -147,6 +147,12 @@ class Drafting:
                 logger.exception("drafter %s failed to observe and is left out from now on", drafter.name)
                 del self.drafters[drafter.name]
 
+    def needs_last_tokens(self, names: Sequence[str]) -> bool:
+        """Whether one of these drafters cannot draft before the step in flight was read: it wants to see the target's
+        forward, or computes what it reads."""
+        asked = [self.drafters[name] for name in names if name in self.drafters]
+        return any(drafter.taps or drafter.cost_per_token for drafter in asked)
+
     def block_managers(self) -> list[BlockManager]:
         """The caches that drafters hold, for the engine's accounting."""
         return [d.blocks for d in self._all if d.blocks is not None]

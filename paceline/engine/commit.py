@@ -66,6 +66,8 @@ class Committer:
             self._keep_prompt_logprobs(item, step.scores)
         for item, tree, walk, row in rows:
             request = item.request
+            if request.finished:  # while the step was in flight
+                continue
             try:
                 if walk is None:
                     outputs.append(self.fail(request, step.acceptance.errors[request.id]))
@@ -77,7 +79,8 @@ class Committer:
         if moves[0]:
             self._kv.move(*moves)
         for item in step.batch.sampling:
-            self._publish(item.request)
+            if item.request.blocks:
+                self._publish(item.request)
         return tuple(outputs)
 
     def fail(self, request: Request, error: Exception) -> RequestOutput:
@@ -164,7 +167,7 @@ class Committer:
                     moves[1].append(int(slots[j]))
 
     def _publish(self, request: Request) -> None:
-        self._blocks.shrink(request.blocks, len(request.token_ids))
+        self._blocks.shrink(request.blocks, max(len(request.token_ids), request.in_flight))
         self._blocks.publish(
             request.blocks, request.block_hashes, request.token_ids, request.num_computed, request.salt
         )

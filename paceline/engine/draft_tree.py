@@ -87,6 +87,10 @@ class DraftTree:
             return self._first(n)
         new_id = np.full(len(self) + 1, -1, dtype=np.int64)  # last entry: the root maps to itself
         new_id[nodes] = np.arange(len(nodes))
+        return self._picked(nodes, new_id)
+
+    def _picked(self, nodes: IntArray, new_id: IntArray) -> DraftTree:
+        """Some nodes; `new_id` says what becomes of each, -1 of a parent that is the root now."""
         picked = nodes.tolist()
         return DraftTree(
             tokens=self.tokens[nodes],
@@ -98,6 +102,19 @@ class DraftTree:
             laws=None if self.laws is None else tuple(self.laws[i] for i in picked),
             shared=tuple((int(new_id[node]), name, key) for node, name, key in self.shared if new_id[node] >= 0),
         )
+
+    def below(self, node: int) -> DraftTree:
+        """What hangs from a node, as a tree of which it is the root."""
+        inside = {node}
+        for i, parent in enumerate(self.parents.tolist()):
+            if parent in inside:
+                inside.add(i)
+        picked = np.array(sorted(inside - {node}), dtype=np.int64)
+        if not len(picked):
+            return EMPTY_TREE
+        new_id = np.full(len(self) + 1, -1, dtype=np.int64)
+        new_id[picked] = np.arange(len(picked))
+        return self._picked(picked, new_id)
 
     def _first(self, n: int) -> DraftTree:
         """The first n nodes."""

@@ -1,9 +1,9 @@
 """The engine: a loop over one step, and the only place that knows the order of the stages.
 
-A step is launched and collected. Where the device draws the samples and nobody looks ahead, the next step is launched
-before this one is collected, with samples that only the device knows (`Engine._launch_ahead`), so that it never waits
-for the host. A request that ends by what it reads leaves one forward behind that nobody looks at: blocks freed
-meanwhile are written by later kernels of the same stream only.
+A step is launched and collected. Where the device draws the samples and every request gets one, the next step is
+launched before this one is collected, with samples that only the device knows (`Engine._launch_ahead`, `flight.py`), so
+that it does not wait for the host. A request that ends by what is read then leaves one forward behind that nobody looks
+at: blocks freed meanwhile are written by later kernels of the same stream only.
 """
 
 from __future__ import annotations
@@ -11,14 +11,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
 
 from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
 from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import observations, step_stats
-from paceline.engine.flight import reads_samples_only, without_finished, without_logits
+from paceline.engine.flight import (
+    all_ended,
+    guess_roots,
+    hold_blocks,
+    reads_samples_only,
+    with_known_roots,
+    without_logits,
+)
+from paceline.engine.refusals import check_request
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.rng import Repeats, secret_seed
 from paceline.engine.types import (
@@ -27,13 +37,14 @@ from paceline.engine.types import (
     InFlight,
     RequestOutput,
     ScheduledBatch,
+    SpecPlan,
     StepOutput,
     StepStats,
     Tap,
 )
-from paceline.errors import PromptTooLongError, RequestError
+from paceline.errors import RequestError
 from paceline.model.runner import ModelRunner
-from paceline.plan.base import PLAIN, LengthPolicy, Rests
+from paceline.plan.base import PLAIN, LengthPolicy
 from paceline.plan.trim import trim
 from paceline.schedule.scheduler import Scheduler
 from paceline.verify.accept import accept
@@ -41,6 +52,8 @@ from paceline.verify.base import AcceptanceRule
 from paceline.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
+_NOTHING_OWED: tuple[StepStats | None, float] = (None, 0.0)
+_NOTHING_PLANNED: tuple[list[Request], SpecPlan] = ([], PLAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,11 @@ class Engine:
         self._repeats = Repeats()
         self._news: list[RequestOutput] = []
         self._in_flight: InFlight | None = None
+        self._planned: tuple[list[Request], SpecPlan] = _NOTHING_PLANNED
+        self._owed: tuple[StepStats | None, float] = _NOTHING_OWED
+        """Of a step that ended then, and whose time is known when the next one is launched."""
+        self._left = 0.0
+        """When the latest step was returned from."""
 
     @property
     def drafter_names(self) -> tuple[str, ...]:
@@ -120,36 +138,8 @@ class Engine:
         """
         if request.id in self._requests or any(news.request_id == request.id for news in self._news):
             raise RequestError(f"{request.id!r} is running already.", field="request_id")
-        _check_salt(request.salt)
-        if not request.token_ids:
-            raise RequestError("is empty.", field="prompt", fix="Give at least one token.")
         limit = min(self.max_model_len, self.stages.scheduler.blocks.num_blocks * self._block_size)
-        if request.prompt_len >= limit:
-            raise PromptTooLongError(
-                f"has {request.prompt_len} tokens, and prompt and output together may have {limit}.",
-                field="prompt",
-                fix="Shorten the prompt; max_model_len and kv_cache_memory set the limit, up to the model's own.",
-            )
-        mentioned = {
-            "prompt": request.token_ids,
-            "logit_bias": request.params.logit_bias,
-            "stop_token_ids": request.params.stop_token_ids,
-            "visible_tokens": request.params.visible_tokens,
-            "prediction": request.prediction_ids,
-        }
-        for field, tokens in mentioned.items():
-            if any(not 0 <= t < self.vocab_size for t in tokens):
-                raise RequestError(f"holds a token id outside 0..{self.vocab_size - 1}.", field=field)
-        if request.params.structured is not None and request.constraint is None:
-            raise RequestError("comes without its constraint.", field="structured_outputs")
-        wish = request.params.speculation
-        unknown = set(wish.drafters or ()) - set(self.drafter_names) if wish else set()
-        if unknown:
-            raise RequestError(
-                f"this engine has no drafter {min(unknown)!r}.",
-                field="speculation.drafters",
-                fix=f"It has: {', '.join(self.drafter_names) or 'none'}.",
-            )
+        check_request(request, limit, self.vocab_size, self.drafter_names)
 
     def is_running(self, request: Request) -> bool:
         """Whether this very request was taken in and has not ended."""
@@ -172,22 +162,25 @@ class Engine:
         """Run one step of all requests that fit."""
         news, self._news = tuple(self._news), []
         started = time.perf_counter()
-        step = None if self._in_flight is None else without_finished(self._in_flight)
-        self._in_flight = None
+        step, self._in_flight = self._in_flight, None
+        if step is not None and all_ended(step.batch):
+            step = None
         batch = self.stages.scheduler.schedule() if step is None else step.batch
         if not batch.items:
             self.check()
             return StepOutput(news)
         try:
-            output = self._run(self.launch(batch, started) if step is None else step)
+            output = self._run(self._launch_now(batch, started) if step is None else step)
         except Exception as error:
             logger.exception("a step failed; its %d request(s) end with an error", len(batch.items))
             output = self._fail(batch, error)
         if not self.stages.scheduler.has_work:
             self.check()
+        self._left = time.perf_counter()
         return StepOutput(news + output.outputs)
 
     def _run(self, step: InFlight) -> StepOutput:
+        """Launch the next step if that can be, and collect this one."""
         ahead = None
         if self._may_run_ahead(step):
             try:
@@ -195,44 +188,74 @@ class Engine:
             except Exception:
                 logger.exception("a step could not be launched behind another; it is launched after it")
             step = without_logits(step)
+        hold_blocks(step, ahead)
         output = self.collect(step)
         if ahead is not None:
-            self._in_flight = replace(ahead, started=time.perf_counter())
+            self._in_flight = with_known_roots(ahead, self.runner.last_wait, self.runner.last_read)
         return output
 
-    def launch(self, batch: ScheduledBatch, started: float) -> InFlight:
-        """Everything until the target's forward runs: plan, draft, trim, verify."""
+    def launch(self, batch: ScheduledBatch, started: float, plan: SpecPlan | None = None) -> InFlight:
+        """Everything until the target's forward runs: plan (if there is none yet), draft, trim, verify."""
         stages = self.stages
-        plan = stages.policy.plan(batch, self.max_model_len) if stages.policy else PLAIN
+        if plan is None:
+            plan = self._plan(batch)
+        drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
+        guesses: tuple[int | None, ...] = ()
         if plan.looks_ahead:
             drafted = stages.drafting.draft(batch, plan)
-            verified = stages.scheduler.reserve_drafts(batch, trim(drafted, plan))
+            verified = trim(drafted, plan)
+            if batch.items[0].carried is not None:
+                guesses, verified = guess_roots(verified)
+            verified = stages.scheduler.reserve_drafts(batch, verified)
+        return InFlight(batch, plan, drafted, verified, stages.verifier.verify(batch, verified), started, guesses)
+
+    def _plan(self, batch: ScheduledBatch) -> SpecPlan:
+        policy = self.stages.policy
+        return PLAIN if policy is None else policy.plan(batch, self.max_model_len)
+
+    def _launch_now(self, batch: ScheduledBatch, started: float) -> InFlight:
+        """Launch a step behind which nothing runs."""
+        (planned, plan), self._planned = self._planned, _NOTHING_PLANNED
+        if planned == [item.request for item in batch.items] and batch.num_tokens == len(planned):
+            plan = replace(plan, budgets=np.maximum(plan.budgets - 1, 0))  # one more token is known now
+            step = self.launch(batch, started, plan)
         else:
-            drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
-        return InFlight(batch, plan, drafted, verified, stages.verifier.verify(batch, verified), started)
+            step = self.launch(batch, started)
+        (owed, ended), self._owed = self._owed, _NOTHING_OWED
+        if owed is None or any(request.finished for request in owed.requests):
+            return step
+        # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
+        drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
+        idle = max(self._left - ended, 0.0) + now - started - drafting
+        self._learn(replace(owed, step_seconds=owed.step_seconds + max(idle, 0.0)))
+        return replace(step, started=now - drafting)
 
     def _may_run_ahead(self, step: InFlight) -> bool:
         """Whether the step is collected without what the next forward overwrites."""
-        carried = len(step.scores.first_row)
-        if not 0 < carried <= self.runner.most_carried or not reads_samples_only(step):
+        if not 0 < len(step.scores.logits) <= self.runner.most_carried or not reads_samples_only(step):
             return False
         return not any(drafter.taps for drafter in self._shown(step))
 
     def _launch_ahead(self, step: InFlight) -> InFlight | None:
         """The step after this one, before its samples are read; None where they decide what comes next."""
-        scheduler, policy = self.stages.scheduler, self.stages.policy
-        batch = scheduler.schedule_ahead(step.batch, step.scores.first_row, self.max_model_len)
-        if batch is None or not (policy is None or (isinstance(policy, Rests) and policy.rests(batch))):
+        batch = self.stages.scheduler.schedule_ahead(step.batch, step.scores.first_row, self.max_model_len)
+        if batch is None:
             return None
-        return self.launch(batch, time.perf_counter())
+        plan = self._plan(batch)
+        if plan.looks_ahead and self.stages.drafting.needs_last_tokens(plan.drafters):
+            self._planned = [item.request for item in batch.items], plan
+            return None
+        return self.launch(batch, time.perf_counter(), plan)
 
     def accept(self, step: InFlight) -> AcceptedStep:
         """Wait for the forward, and walk the trees."""
         stages, scores = self.stages, step.scores
-        acceptance = accept(stages.rule, step.batch, step.verified, scores, self.eos_token_ids)
-        seconds = self.runner.last_seconds + scores.transform_seconds
+        walked = DraftBatch((EMPTY_TREE,) * len(step.verified.trees)) if step.wrong else step.verified
+        acceptance = accept(stages.rule, step.batch, walked, scores, self.eos_token_ids)
         return AcceptedStep(
-            step.batch, step.plan, step.drafted, step.verified, scores, step.started, acceptance, seconds
+            **{field.name: getattr(step, field.name) for field in fields(InFlight)},
+            acceptance=acceptance,
+            forward_seconds=self.runner.last_seconds + scores.transform_seconds,
         )
 
     def collect(self, step: InFlight) -> StepOutput:
@@ -241,14 +264,15 @@ class Engine:
 
     def finish(self, step: AcceptedStep) -> StepOutput:
         """Commit, tell plan and drafters, forget what is finished."""
+        running = [item.request for item in step.batch.items if not item.request.finished]
         outputs = self.stages.committer.commit(step, time.perf_counter())
         try:
             self._feed_back(step)
         except Exception:
             logger.exception("a step could not be learned from; its tokens are committed")
-        for item in step.batch.items:
-            if item.request.finished:
-                self._forget(item.request)
+        for request in running:
+            if request.finished:
+                self._forget(request)
         return StepOutput(outputs)
 
     def _shown(self, step: InFlight) -> list[Drafter]:
@@ -265,11 +289,21 @@ class Engine:
                 stages.drafting.observe(observation, shown)
             tapping = [d.name for d in shown if d.taps]
             seconds = dict.fromkeys(tapping, (time.perf_counter() - started) / max(len(tapping), 1))
-        self.last_stats = step_stats(step, time.perf_counter() - step.started, seconds)
-        if self.last_stats.slot_price is not None:
-            self.slot_price = self.last_stats.slot_price
-        if stages.policy is not None:
-            stages.policy.learn(self.last_stats)
+        now = time.perf_counter()
+        # What follows the samples is done while the next step runs, where one can run already.
+        ended = self.runner.last_read if self.runner.most_carried and step.scores.all_drawn else now
+        stats = self.last_stats = step_stats(step, ended - step.started, seconds)
+        if stats.slot_price is not None:
+            self.slot_price = stats.slot_price
+        nodes = 0 if step.wrong else step.verified.num_nodes
+        if nodes and self.runner.most_carried and not any(request.finished for request in stats.requests):
+            self._owed = stats, ended
+        else:
+            self._learn(stats)
+
+    def _learn(self, stats: StepStats) -> None:
+        if self.stages.policy is not None:
+            self.stages.policy.learn(stats)
 
     def check(self) -> None:
         """Assert that no block is lost (called whenever the engine is idle)."""
@@ -297,14 +331,3 @@ class Engine:
         if self.stages.policy is not None:
             self.stages.policy.forget(request)
         self.stages.committer.forget(request)
-
-
-def _check_salt(salt: object) -> None:
-    valid = isinstance(salt, str)
-    if isinstance(salt, str):
-        try:
-            salt.encode()
-        except UnicodeEncodeError:
-            valid = False
-    if not valid:
-        raise RequestError("must be valid Unicode text.", field="cache_salt")

@@ -8,7 +8,15 @@ import numpy as np
 
 from paceline.arrays import FloatArray
 from paceline.engine.draft_tree import DraftTree
-from paceline.engine.types import AcceptedStep, DraftBatch, NodeLabels, Observation, StepStats
+from paceline.engine.types import (
+    AcceptedStep,
+    DraftBatch,
+    NodeLabels,
+    Observation,
+    ScheduledRequest,
+    StepStats,
+    Walk,
+)
 
 TOP_IDS = 8
 _NONE, _NO_CHANCES = np.empty(0, dtype=np.int64), np.empty(0)
@@ -27,7 +35,7 @@ def step_stats(step: AcceptedStep, step_seconds: float, observe_seconds: Mapping
     walked = [(i, item, tree, walk) for i, (item, tree, walk) in enumerate(rows) if walk is not None]
     asked = step.drafted.seconds
     gains, nodes = _gains(step.verified, asked) if asked else ({}, {})
-    trees = [(i, tree, walk.tokens) for i, _, tree, walk in walked]
+    trees = [(i, tree, _from_root(item, walk)) for i, item, tree, walk in walked] if asked else []
     return StepStats(
         requests=tuple(item.request for _, item, _, _ in walked),
         num_prompt_tokens=step.batch.num_tokens - len(step.batch.sampling),
@@ -44,6 +52,11 @@ def step_stats(step: AcceptedStep, step_seconds: float, observe_seconds: Mapping
         labels=node_labels(trees, step.plan.acceptance) if asked else _NO_LABELS,
         slot_price=step.verified.slot_price if step.plan.slot_price is None else step.plan.slot_price,
     )
+
+
+def _from_root(item: ScheduledRequest, walk: Walk) -> tuple[int, ...]:
+    """The tokens that stand where the draft's do; a draft made before the root was known begins with it."""
+    return walk.tokens if item.carried is None else (item.request.token_ids[item.start], *walk.tokens)
 
 
 def node_labels(

@@ -1,9 +1,16 @@
-"""Steps that were launched and not read."""
+"""Steps that were launched and not read, and what may be launched behind them.
+
+The root of a request in a step behind another is a sample that only the device knows. Drafts are made of the tokens
+before it: the first draft token guesses that sample, and what hangs from it is verified. If no guess of a step was
+right, each of its requests gets one token, as if nobody had looked ahead. Which nodes are dropped is decided by the
+tokens before them, so nothing of this touches the law of a sample.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
 from paceline.engine.types import DraftBatch, InFlight, ScheduledBatch
 
 
@@ -12,7 +19,7 @@ def reads_samples_only(step: InFlight) -> bool:
     wishes = [item.request.params for item in step.batch.items]
     return (
         step.scores.all_drawn
-        and step.verified.num_nodes == 0
+        and (step.wrong or step.verified.num_nodes == 0)
         and not step.scores.prompt_rows
         and all(params.logprobs is None for params in wishes)
     )
@@ -23,17 +30,47 @@ def without_logits(step: InFlight) -> InFlight:
     return replace(step, scores=replace(step.scores, logits=step.scores.logits[:0]))
 
 
-def without_finished(step: InFlight) -> InFlight | None:
-    """A step of decoding requests without those that have ended; None if all have."""
-    live = [i for i, item in enumerate(step.batch.items) if not item.request.finished]
-    if len(live) == len(step.batch.items):
-        return step
-    if not live:
-        return None
-    return replace(
-        step,
-        batch=ScheduledBatch(tuple(step.batch.items[i] for i in live)),
-        drafted=DraftBatch(tuple(step.drafted.trees[i] for i in live)),
-        verified=DraftBatch(tuple(step.verified.trees[i] for i in live)),
-        scores=replace(step.scores, first_row=tuple(step.scores.first_row[i] for i in live)),
+def all_ended(batch: ScheduledBatch) -> bool:
+    """Whether nobody waits for the step any more."""
+    return all(item.request.finished for item in batch.items)
+
+
+def hold_blocks(step: InFlight, ahead: InFlight | None) -> None:
+    """Say what the step behind this one needs when this one is committed."""
+    for item in step.batch.items:
+        item.request.in_flight = 0
+    for item, tree in zip(ahead.batch.items, ahead.verified.trees, strict=True) if ahead is not None else ():
+        item.request.in_flight = item.start + item.num_tokens + len(tree.tokens)
+
+
+def guess_roots(drafts: DraftBatch) -> tuple[tuple[int | None, ...], DraftBatch]:
+    """For roots that are not known: what they are believed to be, and the trees that hang from them."""
+    guesses, trees = zip(*map(_guess, drafts.trees), strict=True)
+    return guesses, DraftBatch(trees, drafts.seconds, drafts.slot_price)
+
+
+def _guess(tree: DraftTree) -> tuple[int | None, DraftTree]:
+    if not len(tree.tokens):
+        return None, EMPTY_TREE
+    node = max((i for i, parent in enumerate(tree.parents.tolist()) if parent < 0), key=tree.survival.item)
+    below = tree.below(node)
+    return (int(tree.tokens[node]) if len(below) else None), below
+
+
+def with_known_roots(step: InFlight, waited: float, started: float) -> InFlight:
+    """The step when the one before it was collected.
+
+    Args:
+        step: launched behind it.
+        waited: seconds that the host waited for the device meanwhile; that much of drafting cost nothing.
+        started: when the step before it ended.
+    """
+    drafted = step.drafted
+    if spent := sum(drafted.seconds.values()):
+        left = max(1.0 - waited / spent, 0.0)
+        drafted = replace(drafted, seconds={name: left * seconds for name, seconds in drafted.seconds.items()})
+    right = any(
+        guess is not None and not item.request.finished and item.request.token_ids[item.start] == guess
+        for item, guess in zip(step.batch.items, step.guesses, strict=False)
     )
+    return replace(step, drafted=drafted, started=started, wrong=not right)

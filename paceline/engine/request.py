@@ -82,6 +82,8 @@ class Request:
     leader: Request | None = None
     """A sibling with the same prompt whose KV this one waits for."""
     num_computed: int = 0
+    in_flight: int = 0
+    """Tokens up to the end of a step behind the one that is collected, draft nodes included: their blocks stay."""
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None

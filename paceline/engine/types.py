@@ -258,7 +258,7 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """One walk per sampling request; None where that request failed (`errors` says why)."""
+    """One walk per sampling request; None where that request failed (`errors` says why) or had ended before."""
 
     walks: tuple[Walk | None, ...]
     errors: Mapping[str, Exception] = field(default_factory=dict)
@@ -274,9 +274,14 @@ class InFlight:
     verified: DraftBatch
     scores: TargetScores
     started: float
+    guesses: tuple[int | None, ...] = ()
+    """Where the roots are not known yet: the draft's first token, from which each verified tree hangs; None: no tree.
+    Empty: the roots are known."""
+    wrong: bool = False
+    """Whether no root was guessed right, so that every request gets one token and no tree is walked."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptedStep(InFlight):
     """A step whose result is known."""
 

@@ -108,7 +108,10 @@ class ModelRunner:
         self._partial: PartialModel | None = None
         self.last_seconds = 0.0
         """Wall time of the last forward whose result was waited for."""
-        self._last_read = 0.0
+        self.last_wait = 0.0
+        """How long the host waited for the samples that were read last."""
+        self.last_read = 0.0
+        """When that was over."""
         self.num_forwards = 0
         self.num_tokens = 0
         """Tokens through the network so far."""
@@ -158,11 +161,13 @@ class ModelRunner:
         self._count(batch, started)
 
         def samples() -> IntArray:
+            asked = time.perf_counter()
             found = read()
             now = time.perf_counter()
+            self.last_wait = now - asked
             # A step that was launched behind another began when that one ended.
-            self.last_seconds = now - max(started, self._last_read)
-            self._last_read = now
+            self.last_seconds = now - max(started, self.last_read)
+            self.last_read = now
             return found
 
         return logits, samples

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -51,15 +51,6 @@ class LengthPolicy(Protocol):
 
     def forget(self, request: Request) -> None:
         """Drop the state of a finished request."""
-        ...
-
-
-@runtime_checkable
-class Rests(Protocol):
-    """A policy that knows beforehand when it will not look ahead."""
-
-    def rests(self, batch: ScheduledBatch) -> bool:
-        """Whether the next plan is zero look-ahead if these requests decode, whatever the step in flight brings."""
         ...
 
 

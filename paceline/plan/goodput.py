@@ -196,7 +196,7 @@ class GoodputLength:
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
         self._step += 1
-        if self._settled(batch, self._step):
+        if self._step < self._rest_until and _decoding(batch) == self._resting:
             plan = _NOTHING_PAYS if self._kept is None else self._again(self._kept)
             if plan is not None:
                 return plan
@@ -228,14 +228,6 @@ class GoodputLength:
         if steady and weights is None:
             self._keep(batch, _Kept(plan, asked, goodput))
         return plan
-
-    def rests(self, batch: ScheduledBatch) -> bool:
-        """Whether nothing pays yet."""
-        return self._kept is None and self._settled(batch, self._step + 1)
-
-    def _settled(self, batch: ScheduledBatch, step: int) -> bool:
-        """Whether these are the requests that the latest plan was made for, and it is still good in that step."""
-        return step < self._rest_until and _decoding(batch) == self._resting
 
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, costs, goodput, and what the drafters are worth."""

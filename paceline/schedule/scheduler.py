@@ -160,7 +160,7 @@ class Scheduler:
         return DraftBatch(trees, drafts.seconds, drafts.slot_price)
 
     def _fit(self, item: ScheduledRequest, tree: DraftTree) -> DraftTree:
-        committed = len(item.request.token_ids)
+        committed = item.start + item.num_tokens
         table = item.request.blocks
         if self.blocks.grow(table, committed + len(tree)):
             return tree

@@ -23,7 +23,7 @@ def accept(
     scores: TargetScores,
     stop_ids: Sequence[int],
 ) -> Acceptance:
-    """Walks of all sampling requests.
+    """Walks of all sampling requests that have not ended.
 
     Args:
         rule: how trees are walked; at temperature 0 every rule is argmax-match.
@@ -36,6 +36,9 @@ def accept(
     errors: dict[str, Exception] = {}
     drawn = None if scores.drawn is None else scores.drawn.tolist()
     for item, tree, row in zip(batch.sampling, drafts.trees, scores.first_row, strict=True):
+        if item.request.finished:  # meanwhile
+            walks.append(None)
+            continue
         try:
             if drawn is None or drawn[row] == NOT_DRAWN:
                 walks.append(_accept_one(rule, item.request, tree, scores, row, stop_ids))

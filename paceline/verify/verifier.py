@@ -20,6 +20,8 @@ from paceline.engine.types import (
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput
 
 _ROOT_ONLY = (0,)
+_UNREAD = (0,)
+"""Stands for a token that the device puts in."""
 
 
 class Verifier:
@@ -98,11 +100,10 @@ class Verifier:
 def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceInput:
     request, start, stop = item.request, item.start, item.start + item.num_tokens
     positions = np.arange(start, stop)
-    if item.carried is not None:
-        return SequenceInput((0,), positions, start, request.blocks, carried=item.carried)
-    committed: Sequence[int] = request.token_ids[start:stop]
-    if tree is None or not len(tree):
-        return SequenceInput(committed, positions, start, request.blocks)
+    committed: Sequence[int] = request.token_ids[start:stop] if item.carried is None else _UNREAD
+    carried = -1 if item.carried is None else item.carried
+    if tree is None or not len(tree.tokens):
+        return SequenceInput(committed, positions, start, request.blocks, carried=carried)
     return SequenceInput(
         [*committed, *tree.tokens.tolist()],
         np.concatenate([positions, stop - 1 + tree.depths()]),
@@ -110,6 +111,7 @@ def _sequence_input(item: ScheduledRequest, tree: DraftTree | None) -> SequenceI
         request.blocks,
         None if tree.is_chain() else _visible(item.num_tokens, tree),
         num_causal=item.num_tokens,
+        carried=carried,
     )
 
 

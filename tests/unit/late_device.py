@@ -37,6 +37,8 @@ class LateDevice:
         self.most_carried = most_carried
         self.log: list[str] = []
         """`launch N`, `carry N` (a launch with unread samples) and `read N`."""
+        self.drafts_behind = 0
+        """Launches with draft nodes below samples that nobody has read."""
         self.fail_at: int | None = None
         """The launch whose samples cannot be read."""
         self._runner = runner
@@ -46,6 +48,7 @@ class LateDevice:
     def launch(self, batch: ForwardBatch, draws: RowDraws) -> tuple[torch.Tensor, Callable[[], IntArray]]:
         """Keep a copy."""
         carries = any(s.carried >= 0 for s in batch.sequences)
+        self.drafts_behind += any(s.carried >= 0 and len(s.token_ids) > 1 for s in batch.sequences)
         sequences = tuple(
             s._replace(token_ids=tuple(s.token_ids), blocks=tuple(s.blocks), positions=s.positions.copy())
             for s in batch.sequences
@@ -77,7 +80,7 @@ class LateDevice:
                 continue
             before = self._launched[number - 1].drawn if number else None
             sequences = tuple(
-                s if s.carried < 0 else s._replace(token_ids=(max(int(before[s.carried]), 0),))  # type: ignore[index]
+                s if s.carried < 0 else s._replace(token_ids=(max(int(before[s.carried]), 0), *s.token_ids[1:]))  # type: ignore[index]
                 for s in step.batch.sequences
             )
             batch = ForwardBatch(sequences, step.batch.logit_rows)

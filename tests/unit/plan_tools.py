@@ -231,7 +231,7 @@ class World:
         took = self.seconds(batch.num_tokens + kept.num_nodes) + sum(drafted.seconds.values())
         shown = self.drafting.observers(plan.observers)
         acceptance = Acceptance(tuple(walks))
-        flight = AcceptedStep(batch, plan, drafted, kept, _NO_SCORES, 0.0, acceptance, took)
+        flight = AcceptedStep(batch, plan, drafted, kept, _NO_SCORES, 0.0, acceptance=acceptance, forward_seconds=took)
         for item, walk in zip(batch.sampling, walks, strict=True):
             self.drafting.observe(Observation(item.request, walk.tokens, np.empty(0, dtype=np.int64)), shown)
         stats = step_stats(flight, took, {})

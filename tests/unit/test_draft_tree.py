@@ -134,3 +134,16 @@ def test_every_proposer_of_a_shared_node_is_labelled() -> None:
     rows = [found.names[d] for d in found.drafter], found.key.tolist(), found.accepted.tolist()
     assert sorted(zip(*rows, strict=True)) == [("a", 0, False), ("a", 0, True), ("b", 1, True), ("b", 1, True)]
     assert sorted(zip(rows[0], found.depth.tolist(), strict=True)) == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+
+
+def test_what_hangs_from_a_node_is_a_tree_of_its_own() -> None:
+    whole = tree(
+        [5, 6, 7, 8, 9, 10], [-1, -1, 0, 1, 2, 3], key=np.arange(6), shared=((2, "suffix", 4), (3, "suffix", 1))
+    )
+    below = whole.below(0)
+    assert (below.tokens.tolist(), below.parents.tolist()) == ([7, 9], [-1, 0])
+    assert below.key.tolist() == [2, 4]
+    assert below.survival.tolist() == whole.survival[[2, 4]].tolist()
+    assert below.shared == ((0, "suffix", 4),)
+    assert whole.below(1).tokens.tolist() == [8, 10]
+    assert len(whole.below(5)) == 0

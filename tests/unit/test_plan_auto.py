@@ -496,15 +496,3 @@ def test_the_slot_price_is_one_when_nothing_pays() -> None:
     unasked = [s for s in steps[50:] if "ngram" not in s.stats.draft_seconds]
     assert unasked
     assert all(s.stats.slot_price == 1.0 for s in unasked)
-
-
-def test_it_says_beforehand_when_it_rests() -> None:
-    """Then a step may be launched before the one in flight is read; it never says so of a step that would ask."""
-    world = World([SimDrafter(odds=steady(0.0), seconds=0.001)])
-    rested = 0
-    for _ in range(400):
-        rests = world.policy.rests(batch_in_decode(world.requests))
-        step = world.step()
-        assert not (rests and step.plan.looks_ahead)
-        rested += rests
-    assert rested > 300

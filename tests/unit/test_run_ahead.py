@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,11 @@ from engine_tools import TOKEN_BYTES, greedy, llm, make_request, prompt_of, refe
 from late_device import LateDevice
 
 from paceline import SamplingParams
+from paceline.draft.base import NOTHING, DraftContext, Proposal, chain
 from paceline.engine.engine import Engine
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
 from paceline.errors import RequestError
-from paceline.plan.base import PLAIN
 
 PROMPTS = [prompt_of(n) for n in (3, 20, 33, 18, 7, 12)]
 DRAWN: list[dict[str, Any]] = [
@@ -36,7 +37,7 @@ READ: list[dict[str, Any]] = [
     {"min_tokens": 4, "max_tokens": 12, "ignore_eos": False},
 ]
 """What needs logits."""
-SPECULATION = ["none", "auto", "ngram:k=4", "recycling:k=8", "prediction:k=5"]
+SPECULATION = ["none", "auto", "ngram:k=4", "recycling:k=8", "prediction:k=5", "ngram:k=3+suffix:max=8"]
 
 
 def late(speculation: str = "none", **options: Any) -> tuple[Engine, LateDevice]:
@@ -95,21 +96,73 @@ def test_a_step_is_launched_before_the_one_in_flight_is_read() -> None:
     assert device.log == order, "and none is launched in vain where the length says who ends"
 
 
-class _Sometimes:
-    """Looks ahead in every sixth step, and knows in which."""
+REPEATING = [(5, 6, 7, 8, 9) * 4, (11, 12, 13) * 6, prompt_of(20)]
+
+
+@pytest.mark.parametrize("speculation", ["ngram:k=4", "suffix", "ngram:k=3+suffix:max=8"])
+def test_drafts_are_made_before_their_root_is_known(speculation: str) -> None:
+    """The first draft token guesses the root, and the others hang from it; they are worth something all the same."""
+    engine, device = late(speculation)
+    for _ in range(2):
+        requests = [make_request(prompt, greedy(40)) for prompt in REPEATING]
+        for request in requests:
+            run(engine, [request])
+        run(engine, again := [make_request(prompt, greedy(40)) for prompt in REPEATING])
+        for r in (*requests, *again):
+            assert tuple(r.output_ids) == reference(tuple(r.token_ids[: r.prompt_len]), 40)
+            assert sum(r.stats.accepted_by.values()) == r.stats.accepted_tokens <= r.stats.draft_tokens
+    assert device.drafts_behind > 0
+    assert sum(r.stats.accepted_tokens for r in again) > 0
+
+
+def test_a_wrong_guess_costs_no_more_than_its_nodes() -> None:
+    """Every request gets its own sample, and the step after it is launched ahead again."""
+    engine, device = late("ngram:k=4")
+    drafter = engine.stages.drafting.drafters["ngram"]
+    never = sorted(set(range(3, 90)) - set(reference(PROMPTS[1], 12)))[:3]
+    asked: list[int] = []
+
+    def propose(contexts: Sequence[DraftContext]) -> list[Proposal]:
+        asked.append(len(contexts))
+        return [NOTHING if len(asked) == 1 else chain(never, [0, 0, 0]) for _ in contexts]
+
+    drafter.propose = propose  # type: ignore[method-assign]
+    request = make_request(PROMPTS[1], greedy(12))
+    learned: list[StepStats] = []
+    learn = engine._learn
+    engine._learn = lambda stats: (learned.append(stats), learn(stats))[1]  # type: ignore[method-assign,func-returns-value]
+    run(engine, [request])
+    assert tuple(request.output_ids) == reference(PROMPTS[1], 12)
+    assert request.stats.accepted_tokens == 0 < request.stats.draft_tokens
+    behind = [s for s in learned if s.num_draft_nodes == 2]
+    assert len(behind) >= 5, "two of three nodes hang from the guess"
+    for stats in behind:
+        assert stats.labels.accepted.tolist() == [False], "the guess is labelled, and nothing behind it"
+        assert stats.labels.depth.tolist() == [1]
+    carried = [line for line in device.log if not line.startswith("read")]
+    assert sum(line.startswith("carry") for line in carried) >= len(carried) - 2
+
+
+@pytest.mark.parametrize("speculation", ["recycling:k=8", "recycling:k=8+ngram:k=4"])
+def test_drafters_that_look_at_the_forward_are_asked_when_it_was_read(speculation: str) -> None:
+    engine, device = late(speculation)
+    requests = [make_request(prompt, greedy(30)) for prompt in PROMPTS[:3]]
+    run(engine, requests)
+    assert [tuple(r.output_ids) for r in requests] == [reference(p, 30) for p in PROMPTS[:3]]
+    assert device.drafts_behind == 0
+
+
+class _Counting:
+    """Plans as another policy does, and counts."""
 
     def __init__(self, policy: Any) -> None:
         self._policy = policy
-        self._step = 0
+        self.plans = 0
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
-        self._step += 1
+        self.plans += 1
         plan: SpecPlan = self._policy.plan(batch, max_model_len)
-        return plan if self._step % 6 == 0 else replace(PLAIN, observers=frozenset())
-
-    def rests(self, batch: ScheduledBatch) -> bool:
-        assert all(item.carried is not None for item in batch.items)
-        return (self._step + 1) % 6 != 0
+        return plan
 
     def learn(self, stats: StepStats) -> None:
         self._policy.learn(stats)
@@ -118,16 +171,43 @@ class _Sometimes:
         self._policy.forget(request)
 
 
-def test_a_policy_that_rests_is_launched_ahead_and_one_that_looks_is_not() -> None:
-    engine, device = late("ngram:k=4")
-    engine.stages = replace(engine.stages, policy=_Sometimes(engine.stages.policy))
-    requests = [make_request(prompt_of(20, seed), greedy(30)) for seed in range(4)]
-    run(engine, requests)
-    assert [tuple(r.output_ids) for r in requests] == [reference(prompt_of(20, seed), 30) for seed in range(4)]
-    steps = [line.startswith("carry") for line in device.log if not line.startswith("read")]
-    assert steps[:6] == [False, True, True, True, True, False]
-    assert not any(steps[5::6])
-    assert sum(r.stats.draft_tokens for r in requests) > 0
+def test_a_plan_that_cannot_be_followed_ahead_is_kept_for_the_step() -> None:
+    """It may have used up what it does now and then only."""
+    engine, device = late("recycling:k=8")
+    policy = _Counting(engine.stages.policy)
+    engine.stages = replace(engine.stages, policy=policy)
+    request = make_request(PROMPTS[1], greedy(20))
+    run(engine, [request])
+    launched = sum(not line.startswith("read") for line in device.log)
+    assert policy.plans == launched
+
+
+def test_the_time_in_which_the_device_is_idle_is_the_price_of_the_nodes_before() -> None:
+    engine, _ = late("prediction:k=4")
+    learned: list[tuple[StepStats, bool]] = []
+    learn = engine._learn
+
+    def watch(stats: StepStats) -> None:
+        learned.append((stats, any(r.finished for r in stats.requests)))
+        learn(stats)
+
+    engine._learn = watch  # type: ignore[method-assign]
+    launch, slow = engine.launch, 0.03
+
+    def slowly(batch: ScheduledBatch, started: float, plan: SpecPlan | None = None) -> Any:
+        if batch.items[0].carried is None:
+            time.sleep(slow)
+        return launch(batch, started, plan)
+
+    engine.launch = slowly  # type: ignore[method-assign]
+    request = make_request(PROMPTS[1], greedy(24), prediction_ids=reference(PROMPTS[1], 24))
+    started = time.perf_counter()
+    run(engine, [request])
+    passed = time.perf_counter() - started
+    charged = [s for s, last in learned if s.num_draft_nodes and not last]
+    assert charged
+    assert all(s.step_seconds > slow for s in charged)
+    assert sum(s.step_seconds for s, _ in learned) <= passed * 1.001
 
 
 @pytest.mark.parametrize("options", [{"logprobs": 1}, {"prompt_logprobs": 1}, {"presence_penalty": 1.0}])
@@ -211,11 +291,11 @@ def test_a_launch_that_fails_behind_another_is_tried_after_it(monkeypatch: pytes
     engine, _ = late()
     launch, failed = engine.launch, []
 
-    def flaky(batch: Any, started: float) -> Any:
+    def flaky(batch: Any, started: float, plan: Any = None) -> Any:
         if batch.items[0].carried is not None and not failed:
             failed.append(True)
             raise RuntimeError("no memory")
-        return launch(batch, started)
+        return launch(batch, started, plan)
 
     monkeypatch.setattr(engine, "launch", flaky)
     request = make_request(PROMPTS[0], greedy(8))
