@@ -151,7 +151,9 @@ def _runner(
     blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching)
     limits = StepLimits(most, config.max_num_seqs, max_model_len, rows, config.eager)
     runner = ModelRunner(loaded.model, kv, loaded.device, limits)
-    runner.warm_up(lambda done, total: on_progress(f"capturing CUDA graphs ({done}/{total})"))
+    runner.warm_up(
+        lambda done, total: on_progress(f"capturing CUDA graphs ({done}/{total})"), trees=config.speculation != "none"
+    )
     return runner, blocks, max_model_len
 
 

@@ -103,6 +103,7 @@ class Engine:
         self._planned: tuple[list[Request], SpecPlan] = _NOTHING_PLANNED
         self._owed: tuple[StepStats | None, float] = _NOTHING_OWED
         """Of a step that ended then, and whose time is known when the next one is launched."""
+        self._prepared = runner.num_preparations
         self._left = 0.0
         """When the latest step was returned from."""
 
@@ -295,6 +296,9 @@ class Engine:
         stats = self.last_stats = step_stats(step, ended - step.started, seconds)
         if stats.slot_price is not None:
             self.slot_price = stats.slot_price
+        prepared, self._prepared = self._prepared, self.runner.num_preparations
+        if prepared != self._prepared:
+            return
         nodes = 0 if step.wrong else step.verified.num_nodes
         if nodes and self.runner.most_carried and not any(request.finished for request in stats.requests):
             self._owed = stats, ended

@@ -118,10 +118,20 @@ class ModelRunner:
         self.num_looks = 0
         """Times that attention was asked for (`attention_to_blocks`)."""
 
-    def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
-        """Capture what is captured before the first request; `on_progress` gets what is done and how much there is."""
+    def warm_up(self, on_progress: Callable[[int, int], None], *, trees: bool = False) -> None:
+        """Capture what is captured before the first request.
+
+        Args:
+            on_progress: gets what is done and how much there is.
+            trees: whether there will be draft trees.
+        """
         if self._graphs is not None:
-            self._graphs.warm_up(on_progress)
+            self._graphs.warm_up(on_progress, trees=trees)
+
+    @property
+    def num_preparations(self) -> int:
+        """Forwards so far that were compiled or captured, or were too large for that: their times tell nothing."""
+        return 0 if self._graphs is None else self._graphs.num_captures
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute the batch and write its KV.

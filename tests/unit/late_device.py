@@ -32,6 +32,7 @@ class LateDevice:
     """Takes the place of a runner's graphs."""
 
     eager = False
+    num_captures = 0
 
     def __init__(self, runner: ModelRunner, vocab_size: int, most_carried: int = 1024) -> None:
         self.most_carried = most_carried

@@ -78,13 +78,16 @@ class Buckets:
         splits = next((s for s in _SPLITS if s * SPLIT_KEYS >= longest and s < self.most_splits), self.most_splits)
         return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
 
-    def first(self) -> Iterator[Bucket]:
-        """What is captured before the first request: decoding at all sizes, chains of drafts too, and prompts."""
+    def first(self, *, trees: bool = False) -> Iterator[Bucket]:
+        """What is captured before the first request: decoding at all sizes, chains of drafts too, prompts, and with
+        `trees` small trees of drafts."""
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
             if tokens <= max(2 * self.max_seqs, SOME):
                 for splits in {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
+                    if trees and tokens > 2:
+                        yield Bucket(tokens, seqs, tokens, splits, 1, False)
             else:
                 yield Bucket(tokens, seqs, SOME, 1, 0, True)
 

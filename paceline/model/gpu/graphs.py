@@ -89,6 +89,8 @@ class GraphRunner:
         self._on_host = [torch.empty(len(self._latest), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._seen: set[tuple[Bucket, ForwardPath]] = set()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
+        self.num_captures = 0
+        """Times that anything was compiled or captured, which takes longer than what it is for."""
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle() if cuda and not self.eager else None
 
@@ -98,11 +100,11 @@ class GraphRunner:
         return self._scratch.num_bytes
 
     @torch.inference_mode()
-    def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Capture the common buckets."""
+    def warm_up(self, on_progress: Callable[[int, int], None] = lambda *_: None, *, trees: bool = False) -> None:
+        """Capture the common buckets; `trees`: of draft trees too."""
         if self.eager:
             return
-        wanted = [bucket for bucket in self._buckets.first() if self._fits(bucket, bucket.tokens)]
+        wanted = [bucket for bucket in self._buckets.first(trees=trees) if self._fits(bucket, bucket.tokens)]
         with self._on_device():
             for done, bucket in enumerate(wanted, start=1):
                 self._of(bucket, None)
@@ -199,6 +201,7 @@ class GraphRunner:
             self._seen.add((bucket, path))  # many are tried once; what comes again is captured
             return _Captured(self._of(bucket, None).buffers)
         if found is None:
+            self.num_captures += 1
             found = self._captured[bucket, path] = _Captured(BatchBuffers(self._shape(bucket), self._device))
             if not self.eager:
                 self._capture(found, path)
@@ -247,6 +250,7 @@ class GraphRunner:
 
     def _too_large(self, step: _Step, path: ForwardPath | None) -> _Outputs:
         """A batch beyond every bucket runs with memory of its own."""
+        self.num_captures += 1
         count, rows = sum(step.new), len(step.wanted)
         words = -(-step.tree_width // 64)
         splits = max(1, -(-step.longest // SPLIT_KEYS))
