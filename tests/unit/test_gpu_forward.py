@@ -187,7 +187,7 @@ def test_embeddings_are_those_of_the_twin() -> None:
 def test_buckets_hold_what_they_are_found_for() -> None:
     buckets = Buckets(max_tokens=600, max_seqs=32, max_model_len=4096)
     assert buckets.find([1], 1, 100, 0) == Bucket(1, 1, 1, 1, 0, False)
-    assert buckets.find([3, 1], 4, 300, 3) == Bucket(4, 4, 4, 8, 1, False)
+    assert buckets.find([3, 1], 4, 300, 3) == Bucket(4, 4, 4, 8, 2, False)
     assert buckets.find([80, 1], 2, 30, 0) == Bucket(128, 32, 64, 1, 0, True)
     assert buckets.find([700], 1, 1, 0) is None
     assert buckets.find([1] * 33, 33, 10, 0) is None
@@ -195,7 +195,11 @@ def test_buckets_hold_what_they_are_found_for() -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[-1] >= 600
     for engine in (buckets, Buckets(max_tokens=520, max_seqs=1, max_model_len=300)):
-        for bucket in engine.first():  # none is captured in vain
+        wanted = [*engine.first(trees=True)]
+        assert {*engine.first()} == {bucket for bucket in wanted if not bucket.tree_words}
+        assert len(wanted) == len({*wanted})
+        for bucket in wanted:  # none is captured in vain
             ones = [1] * (0 if bucket.chunks else bucket.seqs - 1)
-            longest = 1 if bucket.chunks else min(bucket.splits * SPLIT_KEYS, engine.max_model_len)
-            assert engine.find([bucket.tokens - len(ones), *ones], bucket.rows, longest, 0) == bucket
+            longest = min(bucket.splits * SPLIT_KEYS, engine.max_model_len)
+            new = [bucket.tokens - len(ones), *ones]
+            assert engine.find(new, bucket.rows, longest, 64 * bucket.tree_words) == bucket

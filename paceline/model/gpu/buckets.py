@@ -11,7 +11,8 @@ from paceline.model.kernels.batch import CHUNK_FROM, SPLIT_KEYS
 _SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _SPLITS = (1, 8)
 """Splits of the keys that graphs are captured for, beside as many as the longest sequence fills."""
-_TREE_WORDS = (0, 1, 4, 16)
+_TREE_WORDS = (0, 2, 16)
+"""Every one of them is compiled for, which takes seconds; a word more costs a wide tree's mask next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +82,23 @@ class Buckets:
     def first(self, *, trees: bool = False) -> Iterator[Bucket]:
         """What is captured before the first request: decoding at all sizes, chains of drafts too, prompts, and with
         `trees` small trees of drafts."""
+        words = _TREE_WORDS[1] if trees else 0
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
             if tokens <= max(2 * self.max_seqs, SOME):
                 for splits in {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
                     if trees and tokens > 2:
-                        yield Bucket(tokens, seqs, tokens, splits, 1, False)
+                        yield Bucket(tokens, seqs, tokens, splits, words, False)
             else:
-                yield Bucket(tokens, seqs, SOME, 1, 0, True)
+                for splits in {min(s, self.most_splits) for s in _SPLITS}:
+                    yield Bucket(tokens, seqs, SOME, splits, 0, True)
+        if trees:  # compiled with the first of their kind, captured for others in no time
+            yield Bucket(last := max(self.sizes()), min(last, self.max_seqs), SOME, 1, words, True)
+            widest = next((size for size in self.sizes() if size > 64 * words), last)
+            yield Bucket(
+                widest, min(widest, self.max_seqs), _rows(widest, widest), self.most_splits, _TREE_WORDS[-1], False
+            )
 
 
 def _rows(tokens: int, wanted: int) -> int:
