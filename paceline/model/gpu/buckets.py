@@ -94,11 +94,10 @@ class Buckets:
                 for splits in {min(s, self.most_splits) for s in _SPLITS}:
                     yield Bucket(tokens, seqs, SOME, splits, 0, True)
         if trees:  # compiled with the first of their kind, captured for others in no time
-            yield Bucket(last := max(self.sizes()), min(last, self.max_seqs), SOME, 1, words, True)
-            widest = next((size for size in self.sizes() if size > 64 * words), last)
-            yield Bucket(
-                widest, min(widest, self.max_seqs), _rows(widest, widest), self.most_splits, _TREE_WORDS[-1], False
-            )
+            last = max(self.sizes())
+            wide = next((size for size in self.sizes() if size > 64 * words), last)
+            yield Bucket(last, min(last, self.max_seqs), SOME, 1, words, True)
+            yield Bucket(wide, min(wide, self.max_seqs), wide, 1, _TREE_WORDS[-1], True)
 
 
 def _rows(tokens: int, wanted: int) -> int:
