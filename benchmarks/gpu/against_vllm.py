@@ -7,7 +7,8 @@ MODEL is a folder with weights in `transformers`' format; with `--random` a fold
 and both sides make up weights (the time is that of a real model, the text means nothing). Prompts are chat questions,
 one object with `turns` a line (Spec-Bench's format). Greedy, bf16, end tokens ignored, prefix caches off; tokens per
 second include reading the prompts. Every side runs in processes of its own; Paceline's settings take turns within one
-process, round by round, and so that the machine's drift shows, vLLM runs before and after with `--again`.
+process, on the same prompts, which are others in every turn; vLLM gets those of the first. So that the machine's drift
+shows, vLLM runs before and after with `--again`.
 
 vLLM is the one that `python` finds, or one unpacked into a folder: `--vllm-path`.
 """
@@ -28,6 +29,10 @@ from typing import Any
 _MARK = "RESULT "
 _MOST_CHARACTERS = 6000
 """Of a prompt."""
+_STRIDE = 12
+"""Lines between neighbours, so that tasks, which come one after the other, are mixed."""
+_TOGETHER = 64
+"""Prompts of a turn, but for batches larger than that."""
 Generate = Callable[[Sequence[str]], int]
 """Answers prompts, all at once; the number of tokens."""
 
@@ -57,7 +62,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="vLLM without speculation a second time, last")
     parser.add_argument("--vllm-path", help="folder that vLLM was unpacked into")
     parser.add_argument("--single", type=int, default=12, help="prompts that are answered one by one for batch 1")
-    parser.add_argument("--most-batches", type=int, default=4)
+    parser.add_argument("--most-batches", type=int, default=8, help="batches of a turn at most")
     parser.add_argument("--rounds", type=int, default=2, help="of Paceline's settings in turns")
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -96,22 +101,32 @@ def _run_side(args: argparse.Namespace, side: str, setting: str) -> list[dict[st
 
 
 def _texts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
-    """Prompts of all tasks, evenly."""
+    """All prompts, tasks mixed."""
     lines = Path(args.prompts).read_text().splitlines()
-    questions = [json.loads(line)["turns"][0][:_MOST_CHARACTERS] for line in lines[:: max(1, len(lines) // 160)]]
+    mixed = [line for start in range(_STRIDE) for line in lines[start::_STRIDE]]
+    questions = [json.loads(line)["turns"][0][:_MOST_CHARACTERS] for line in mixed]
     return [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
         for q in questions
     ]
 
 
-def _measure(args: argparse.Namespace, texts: Sequence[str], batch: int, generate: Generate) -> float:
+def _groups(args: argparse.Namespace, texts: Sequence[str], batch: int, turn: int) -> list[list[str]]:
+    """The batches of a turn. No prompt comes twice while there are others: drafters remember what was answered."""
+    at = 0
+    for size in args.batches:
+        count = args.single if size == 1 else max(1, min(args.most_batches, _TOGETHER // size))
+        for number in range(args.rounds):
+            if (size, number) == (batch, turn):
+                return [[texts[(at + i * size + j) % len(texts)] for j in range(size)] for i in range(count)]
+            at += count * size
+    raise AssertionError((batch, turn))
+
+
+def _measure(groups: Sequence[Sequence[str]], generate: Generate) -> float:
     """Tokens per second."""
-    count = args.single if batch == 1 else max(1, min(args.most_batches, len(texts) // batch))
-    tokens, started = 0, time.perf_counter()
-    for i in range(count):
-        tokens += generate([texts[(i * batch + j) % len(texts)] for j in range(batch)])
-    return tokens / (time.perf_counter() - started)
+    started = time.perf_counter()
+    return sum(map(generate, groups)) / (time.perf_counter() - started)
 
 
 def _tell(**values: Any) -> None:
@@ -146,9 +161,9 @@ def _vllm(args: argparse.Namespace) -> None:
         answers = llm.generate(list(prompts), params, use_tqdm=False)
         return sum(len(answer.outputs[0].token_ids) for answer in answers)
 
-    generate(texts[:2])
+    generate(texts[-2:])
     for batch in args.batches:
-        speed = _measure(args, texts, batch, generate)
+        speed = _measure(_groups(args, texts, batch, 0), generate)
         _tell(side="vLLM", setting=args.setting, batch=batch, tokens_per_second=round(speed, 1), ready=round(ready, 1))
 
 
@@ -179,7 +194,7 @@ def _paceline(args: argparse.Namespace) -> None:
     _tell(side="host", **host_info("bfloat16", torch.device("cuda")))
     texts = _texts(args, loaded.tokenizer)
     for llm in llms.values():
-        llm.generate(texts[:most], SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True))
+        llm.generate(texts[-most:], SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True))
     for batch in args.batches:
         for turn in range(args.rounds):
             for setting, llm in llms.items() if turn % 2 == 0 else reversed(llms.items()):
@@ -187,7 +202,7 @@ def _paceline(args: argparse.Namespace) -> None:
                 def generate(prompts: Sequence[str], llm: LLM = llm) -> int:
                     return sum(len(answer.token_ids) for answer in llm.generate(list(prompts), params))
 
-                speed = round(_measure(args, texts, batch, generate), 1)
+                speed = round(_measure(_groups(args, texts, batch, turn), generate), 1)
                 _tell(side="Paceline", setting=setting, batch=batch, tokens_per_second=speed, ready=round(ready, 1))
 
 
