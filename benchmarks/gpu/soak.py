@@ -55,9 +55,7 @@ def main() -> int:
     ended, memory, preemptions = _soak(llm, args)
     seconds = time.perf_counter() - started
     llm.engine.check()
-    print(
-        f"{args.requests} requests in {seconds:.1f} s: {dict(ended)}; {preemptions} preemptions; every block accounted for"
-    )
+    print(f"{args.requests} requests in {seconds:.1f} s: {dict(ended)}; {preemptions} preemptions; no block is lost")
     print("memory (MB resident, MB on the device): " + ", ".join(f"{a:.0f} {b:.0f}" for a, b in memory))
     grown = any(last > 1.02 * first for first, last in zip(memory[0], memory[-1], strict=True))
     return int(grown or ended["error"] > 0)

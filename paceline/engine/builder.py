@@ -71,9 +71,12 @@ def build_engine(
     _check_budgets(speculation.spec, max_model_len)
     vocab_size = int(loaded.config.vocab_size)
     made = _drafters(config, speculation, loaded, Target(runner, blocks, max_model_len), vocab_size, on_progress)
-    policy = _policy(
-        speculation, made, lambda: CostModel(cost_table(loaded, runner, blocks, max_model_len, on_progress))
-    )
+
+    def cost() -> CostModel:
+        table = cost_table(loaded, runner, blocks, max_model_len, on_progress)
+        return CostModel(table, overlaps=runner.most_carried > 0)
+
+    policy = _policy(speculation, made, cost)
     transform = _transform(made)
     stages = Stages(
         scheduler=Scheduler(

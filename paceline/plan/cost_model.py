@@ -147,10 +147,13 @@ class CostModel:
     Args:
         table: what was measured.
         adapt: whether to follow measured steps.
+        overlaps: whether plain steps are launched one behind the other, and host work hides behind them. Then what a
+            step takes in which drafters were asked in vain says nothing about plain ones.
     """
 
-    def __init__(self, table: CostTable, *, adapt: bool = True) -> None:
+    def __init__(self, table: CostTable, *, adapt: bool = True, overlaps: bool = False) -> None:
         self.table = table
+        self.overlaps = overlaps
         self._adapt = adapt
         self._sizes = np.array(table.tokens, dtype=np.float64)
         # Times err upward, and no size is dearer than a larger one that could take its place.
@@ -213,6 +216,8 @@ class CostModel:
         if stats.num_prompt_tokens or not stats.num_sampling:
             return
         nodes = stats.num_draft_nodes
+        if self.overlaps and not nodes and stats.draft_seconds:
+            return
         size = np.array([float(stats.num_sampling + nodes)])
         expected = float(self.table_seconds(size, stats.num_sequences, stats.num_context_tokens)[0])
         taken = stats.step_seconds - sum(stats.draft_seconds.values())

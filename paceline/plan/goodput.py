@@ -47,6 +47,9 @@ _KEEP_STEPS = 8
 _KEPT_TIMES = 64
 _SIZE_STEP = 32
 """Times are asked for up to a multiple of so many draft nodes, so that they can be kept while room gets less."""
+_PLAIN_FIRST = 6
+_PLAIN_EVERY = 64
+_PLAIN_FADE = 0.9
 _LONGEST_REST = 32
 """Steps without a plan at most, after one in which nobody was worth asking."""
 
@@ -130,6 +133,30 @@ class Goodput:
         self._sums[_level(requests)] = _MEMORY * before[0] + tokens, _MEMORY * before[1] + seconds
 
 
+class _PlainSteps:
+    """What plain steps take where they hide host work that steps with drafts do not, and when to take one to see."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, int, float]] = {}  # level -> steps seen, the latest, fading mean of seconds
+
+    def is_due(self, requests: int, step: int) -> bool:
+        """Whether too few were seen with about so many requests, or none for long."""
+        count, latest, _ = self._seen.get(_level(requests), (0, 0, 0.0))
+        return count < _PLAIN_FIRST or step > latest + _PLAIN_EVERY
+
+    def learn(self, requests: int, step: int, seconds: float) -> None:
+        """Take one in."""
+        count, _, mean = self._seen.get(_level(requests), (0, 0, seconds))
+        rate = max(1.0 / (count + 1), 1.0 - _PLAIN_FADE)
+        mean += rate * (min(seconds, 2.0 * mean) - mean)
+        self._seen[_level(requests)] = count + 1, step, mean
+
+    def seconds(self, requests: int) -> float | None:
+        """What one takes; None before enough were seen."""
+        count, _, mean = self._seen.get(_level(requests), (0, 0, 0.0))
+        return mean if count >= _PLAIN_FIRST else None
+
+
 @dataclass(frozen=True, slots=True)
 class _StepTimes:
     """Expected step times, good for a few steps."""
@@ -192,6 +219,7 @@ class GoodputLength:
         self._resting: tuple[Request, ...] = ()
         self._kept: _Kept | None = None
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
+        self._plain = _PlainSteps() if cost.overlaps else None
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
@@ -202,7 +230,7 @@ class GoodputLength:
                 return plan
         asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
         room = int(asked.room.sum())
-        if not room:
+        if not room or (self._plain is not None and self._plain.is_due(len(asked), self._step)):
             return _NOBODY
         times = self._times(batch, asked, min(-(-room // _SIZE_STEP) * _SIZE_STEP, _MAX_BUCKET))
         self._last_times = times.seconds
@@ -232,11 +260,13 @@ class GoodputLength:
     def learn(self, stats: StepStats) -> None:
         """Update acceptance, costs, goodput, and what the drafters are worth."""
         self._estimates.learn(stats)
-        if self._step <= _EVERY_STEP or self._step % _KEEP_STEPS == 0:
+        if self._step <= _EVERY_STEP or self._step % _KEEP_STEPS == 0 or self._plain is not None:
             self._cost.learn(stats, self._costly)
         requests = stats.num_sampling
         if not requests:
             return
+        if self._plain is not None and not (stats.draft_seconds or stats.num_prompt_tokens):
+            self._plain.learn(requests, self._step, stats.step_seconds)
         seconds = stats.step_seconds
         if stats.num_prompt_tokens:
             seconds *= self._decode_share(stats)
@@ -301,6 +331,9 @@ class GoodputLength:
             return known
         context = asked.num_tokens + sum([i.start + i.num_tokens for i in batch.items if not i.samples])
         seconds = self._cost.step_seconds(batch.num_tokens, most, len(batch.items), context)
+        alone = self._plain.seconds(len(asked)) if self._plain is not None else None
+        if alone is not None and batch.num_tokens == len(asked):
+            seconds[0] = alone
         extra = seconds[1:] - seconds[0]
         best = float((np.arange(1, most + 1) / np.maximum(extra, 1e-12)).max())
         if len(self._kept_times) >= _KEPT_TIMES:

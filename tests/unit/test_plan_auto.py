@@ -28,7 +28,8 @@ from plan_tools import (
 
 from paceline.engine.types import Candidates
 from paceline.plan import goodput as goodput_module
-from paceline.plan.base import DrafterLimits
+from paceline.plan.base import DrafterLimits, sampling
+from paceline.plan.cost_model import CostModel
 from paceline.plan.goodput import GoodputLength, PricedCut
 from paceline.plan.smartspec_request import RatioCut
 from paceline.plan.survival import AcceptanceEstimates
@@ -496,3 +497,26 @@ def test_the_slot_price_is_one_when_nothing_pays() -> None:
     unasked = [s for s in steps[50:] if "ngram" not in s.stats.draft_seconds]
     assert unasked
     assert all(s.stats.slot_price == 1.0 for s in unasked)
+
+
+def test_plain_steps_are_taken_to_see_what_they_cost_where_they_hide_host_work() -> None:
+    """Steps in which drafters are asked in vain take twice as long there; drafts must not look cheap for that."""
+    world = World([SimDrafter("ngram", odds=steady(0.5), most=4)])
+    cost = CostModel(world.cost.table, overlaps=True)
+    limits = [DrafterLimits("ngram", 4, cost_per_token=False)]
+    policy = GoodputLength(limits, AcceptanceEstimates({"ngram": np.full(4, 0.5)}), cost)
+    batch = decoding()
+    request = batch.items[0].request
+    empty: dict[str, Any] = {"requests": (request,), "draft_seconds": {"ngram": 1e-5}, "draft_depths": {"ngram": 0}}
+    plain = 0
+    for _ in range(400):
+        plan = policy.plan(batch, 1 << 30)
+        if plan.looks_ahead:
+            policy.learn(step_stats(step_seconds=0.02, forward_seconds=0.02, **empty))
+        else:
+            plain += 1
+            policy.learn(step_stats(requests=(request,), step_seconds=0.01))
+    assert policy._times(batch, sampling(batch, policy._estimates.requests, 1 << 30, 4), 32).plain == pytest.approx(
+        0.01
+    )
+    assert plain >= 6
