@@ -31,6 +31,7 @@ from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStat
 from paceline.plan.base import DrafterLimits, Sampling, sampling
 from paceline.plan.cost_model import CostModel
 from paceline.plan.draft_levels import DraftLevels
+from paceline.plan.regret import Regret
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.plan.usage import Usage
 
@@ -47,9 +48,6 @@ _KEEP_STEPS = 8
 _KEPT_TIMES = 64
 _SIZE_STEP = 32
 """Times are asked for up to a multiple of so many draft nodes, so that they can be kept while room gets less."""
-_PLAIN_FIRST = 6
-_PLAIN_EVERY = 64
-_PLAIN_FADE = 0.9
 _LONGEST_REST = 32
 """Steps without a plan at most, after one in which nobody was worth asking."""
 
@@ -133,30 +131,6 @@ class Goodput:
         self._sums[_level(requests)] = _MEMORY * before[0] + tokens, _MEMORY * before[1] + seconds
 
 
-class _PlainSteps:
-    """What plain steps take where they hide host work that steps with drafts do not, and when to take one to see."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, int, float]] = {}  # level -> steps seen, the latest, fading mean of seconds
-
-    def is_due(self, requests: int, step: int) -> bool:
-        """Whether too few were seen with about so many requests, or none for long."""
-        count, latest, _ = self._seen.get(_level(requests), (0, 0, 0.0))
-        return count < _PLAIN_FIRST or step > latest + _PLAIN_EVERY
-
-    def learn(self, requests: int, step: int, seconds: float) -> None:
-        """Take one in."""
-        count, _, mean = self._seen.get(_level(requests), (0, 0, seconds))
-        rate = max(1.0 / (count + 1), 1.0 - _PLAIN_FADE)
-        mean += rate * (min(seconds, 2.0 * mean) - mean)
-        self._seen[_level(requests)] = count + 1, step, mean
-
-    def seconds(self, requests: int) -> float | None:
-        """What one takes; None before enough were seen."""
-        count, _, mean = self._seen.get(_level(requests), (0, 0, 0.0))
-        return mean if count >= _PLAIN_FIRST else None
-
-
 @dataclass(frozen=True, slots=True)
 class _StepTimes:
     """Expected step times, good for a few steps."""
@@ -219,18 +193,20 @@ class GoodputLength:
         self._resting: tuple[Request, ...] = ()
         self._kept: _Kept | None = None
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
-        self._plain = _PlainSteps() if cost.overlaps else None
+        self._plain = Regret() if cost.overlaps else None
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
         self._step += 1
+        if self._plain is not None and self._plain.is_due(len(batch.sampling), self._step):
+            return _NOTHING_PAYS
         if self._step < self._rest_until and _decoding(batch) == self._resting:
             plan = _NOTHING_PAYS if self._kept is None else self._again(self._kept)
             if plan is not None:
                 return plan
         asked = sampling(batch, self._estimates.requests, max_model_len, self._most)
         room = int(asked.room.sum())
-        if not room or (self._plain is not None and self._plain.is_due(len(asked), self._step)):
+        if not room:
             return _NOBODY
         times = self._times(batch, asked, min(-(-room // _SIZE_STEP) * _SIZE_STEP, _MAX_BUCKET))
         self._last_times = times.seconds
@@ -265,8 +241,8 @@ class GoodputLength:
         requests = stats.num_sampling
         if not requests:
             return
-        if self._plain is not None and not (stats.draft_seconds or stats.num_prompt_tokens):
-            self._plain.learn(requests, self._step, stats.step_seconds)
+        if self._plain is not None and not stats.num_prompt_tokens:
+            self._plain.learn(stats, self._step)
         seconds = stats.step_seconds
         if stats.num_prompt_tokens:
             seconds *= self._decode_share(stats)

@@ -1,0 +1,81 @@
+"""Bounds what looking ahead may cost where plain steps hide host work that steps with drafts do not.
+
+There the time of a step depends on the steps around it, and a price put on draft nodes can be wrong by more than they
+are worth. So looking is judged by the clock as well: seconds spent in steps in which drafters were asked, less those
+in which plain steps would have made the same tokens. What is lost in a row is bounded, and is then made small by plain
+steps, fifty times as many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.engine.types import StepStats
+
+_FIRST = 6
+"""Plain steps that are taken before anything else with a new number of requests, ..."""
+_EVERY = 64
+"""... and most steps until the next one."""
+_FADE = 0.9
+_MOST_LOSS = 10.0
+"""Plain steps' time that may be lost in a row."""
+_MOST_CREDIT = 40.0
+"""Likewise that gains of before may pay for: texts repeat themselves now and then only."""
+_LONGEST = 8.0
+"""Times a plain step: what took longer was disturbed."""
+_SHARE = 0.02
+"""Of all time that may be lost."""
+
+
+@dataclass(slots=True)
+class _Level:
+    """About so many requests."""
+
+    plain_steps: int = 0
+    latest: int = 0
+    """The step of the last plain one."""
+    seconds: float = 0.0
+    """Fading mean of a plain step."""
+    loss: float = 0.0
+    """In plain steps."""
+    rest_until: int = 0
+
+
+class Regret:
+    """Plain steps, what looking has lost or won against them, and when neither is tried."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, _Level] = {}
+
+    def is_due(self, requests: int, step: int) -> bool:
+        """Whether this step must be plain."""
+        level = self._level(requests)
+        return level.plain_steps < _FIRST or step > level.latest + _EVERY or step < level.rest_until
+
+    def seconds(self, requests: int) -> float | None:
+        """What a plain step takes; None before enough were seen."""
+        level = self._level(requests)
+        return level.seconds if level.plain_steps >= _FIRST else None
+
+    def learn(self, stats: StepStats, step: int) -> None:
+        """Take in a step of decoding requests."""
+        level = self._level(stats.num_sampling)
+        if not stats.draft_seconds:
+            rate = max(1.0 / (level.plain_steps + 1), 1.0 - _FADE)
+            taken = min(stats.step_seconds, 2.0 * level.seconds if level.plain_steps else stats.step_seconds)
+            level.seconds += rate * (taken - level.seconds)
+            level.plain_steps += 1
+            level.latest = step
+        elif level.plain_steps >= _FIRST:
+            taken = min(stats.step_seconds / level.seconds, _LONGEST)
+            won = stats.num_committed / stats.num_sampling
+            level.loss = max(level.loss + taken - won, -_MOST_CREDIT)
+            if level.loss > _MOST_LOSS:
+                level.rest_until = step + round(level.loss / _SHARE)
+                level.loss = 0.0
+
+    def _level(self, requests: int) -> _Level:
+        at = requests if requests <= 8 else 8 + round(6.0 * float(np.log2(requests / 8.0)))
+        return self._levels.setdefault(at, _Level())
