@@ -17,9 +17,11 @@ from paceline import compiled
 ROOT = Path(paceline.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["model/native/tiles.py", "draft/suffixes/nodes.py", "engine/race.py"])
+@pytest.mark.parametrize(
+    "name", ["model/native/tiles.py", "draft/suffixes/nodes.py", "engine/race.py", "model/kernels/layout.py"]
+)
 def test_any_change_of_what_is_compiled_changes_the_folder(tmp_path: Path, name: str) -> None:
-    for folder in ("model/native", "draft/suffixes", "engine"):
+    for folder in ("model/native", "model/kernels", "draft/suffixes", "engine"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "compiled.py", tmp_path)
     before = compiled.digest(tmp_path)
