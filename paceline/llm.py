@@ -109,7 +109,7 @@ class LLM:
         finished = 0
         try:
             while finished < len(collectors):
-                if self._advance():
+                if self._advance() or not self.engine.has_work:  # `on_finished` may have run the engine, too
                     done, finished = finished, sum(c.finished for c in collectors)
                     if finished > done:
                         on_finished(finished)

@@ -25,6 +25,8 @@ from paceline.engine.flight import (
     guess_roots,
     hold_blocks,
     reads_samples_only,
+    room_for_guesses,
+    room_of,
     with_known_roots,
     without_logits,
 )
@@ -164,8 +166,8 @@ class Engine:
         news, self._news = tuple(self._news), []
         started = time.perf_counter()
         step, self._in_flight = self._in_flight, None
-        if step is not None and all_ended(step.batch):
-            step = None
+        if step is not None:  # the time in which nobody called is nobody's
+            step = None if all_ended(step.batch) else replace(step, started=step.started + started - self._left)
         batch = self.stages.scheduler.schedule() if step is None else step.batch
         if not batch.items:
             self.check()
@@ -203,11 +205,12 @@ class Engine:
         drafted = verified = DraftBatch((EMPTY_TREE,) * len(batch.sampling))
         guesses: tuple[int | None, ...] = ()
         if plan.looks_ahead:
-            drafted = stages.drafting.draft(batch, plan)
-            verified = trim(drafted, plan)
-            if batch.items[0].carried is not None:
-                guesses, verified = guess_roots(verified)
-            verified = stages.scheduler.reserve_drafts(batch, verified)
+            if batch.items[0].carried is None:
+                drafted = below = stages.drafting.draft(batch, plan)
+            else:
+                drafted = stages.drafting.draft(batch, room_for_guesses(plan, batch, self.max_model_len))
+                guesses, below = guess_roots(drafted)
+            verified = stages.scheduler.reserve_drafts(batch, trim(below, plan))
         return InFlight(batch, plan, drafted, verified, stages.verifier.verify(batch, verified), started, guesses)
 
     def _plan(self, batch: ScheduledBatch) -> SpecPlan:
@@ -218,12 +221,13 @@ class Engine:
         """Launch a step behind which nothing runs."""
         (planned, plan), self._planned = self._planned, _NOTHING_PLANNED
         if planned == [item.request for item in batch.items] and batch.num_tokens == len(planned):
-            plan = replace(plan, budgets=np.maximum(plan.budgets - 1, 0))  # one more token is known now
-            step = self.launch(batch, started, plan)
+            room = room_of(batch, self.max_model_len)  # one more token is known now
+            step = self.launch(batch, started, replace(plan, budgets=np.minimum(plan.budgets, room)))
         else:
             step = self.launch(batch, started)
         (owed, ended), self._owed = self._owed, _NOTHING_OWED
-        if owed is None or any(request.finished for request in owed.requests):
+        prepared = self.runner.num_preparations != self._prepared
+        if owed is None or prepared or any(request.finished for request in owed.requests):
             return step
         # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
         drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
@@ -307,7 +311,10 @@ class Engine:
 
     def _learn(self, stats: StepStats) -> None:
         if self.stages.policy is not None:
-            self.stages.policy.learn(stats)
+            try:
+                self.stages.policy.learn(stats)
+            except Exception:
+                logger.exception("a step could not be learned from; its tokens are committed")
 
     def check(self) -> None:
         """Assert that no block is lost (called whenever the engine is idle)."""
@@ -322,14 +329,15 @@ class Engine:
         return self.stages.scheduler.blocks.block_size
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> StepOutput:
-        requests = [item.request for item in batch.items if item.request.id in self._requests]
+        requests = [item.request for item in batch.items if self.is_running(item.request)]
         outputs = tuple(self.stages.committer.fail(request, error) for request in requests)
         for request in requests:
             self._forget(request)
         return StepOutput(outputs)
 
     def _forget(self, request: Request) -> None:
-        self._requests.pop(request.id, None)
+        if self.is_running(request):
+            del self._requests[request.id]
         self.stages.scheduler.finish(request)
         self.stages.drafting.forget(request)
         if self.stages.policy is not None:

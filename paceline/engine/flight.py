@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
+from paceline.arrays import IntArray
 from paceline.engine.draft_tree import EMPTY_TREE, DraftTree
-from paceline.engine.types import DraftBatch, InFlight, ScheduledBatch
+from paceline.engine.types import DraftBatch, InFlight, ScheduledBatch, SpecPlan
 
 
 def reads_samples_only(step: InFlight) -> bool:
@@ -41,6 +44,27 @@ def hold_blocks(step: InFlight, ahead: InFlight | None) -> None:
         item.request.in_flight = 0
     for item, tree in zip(ahead.batch.items, ahead.verified.trees, strict=True) if ahead is not None else ():
         item.request.in_flight = item.start + item.num_tokens + len(tree.tokens)
+
+
+def room_of(batch: ScheduledBatch, max_model_len: int) -> IntArray:
+    """The longest path of draft tokens that each request has room for, behind the tokens that are known.
+
+    # [num_sampling]
+    """
+    left = [
+        min(r.params.max_tokens - r.num_output, max_model_len - len(r.token_ids)) - 1
+        for r in (item.request for item in batch.sampling)
+    ]
+    return np.maximum(np.array(left, dtype=np.int64), 0)
+
+
+def room_for_guesses(plan: SpecPlan, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
+    """The plan for drafters whose first token guesses the root: one node more, where there is room for it."""
+    return replace(
+        plan,
+        budgets=np.minimum(np.where(plan.budgets > 0, plan.budgets + 1, 0), room_of(batch, max_model_len)),
+        limits={name: most + 1 for name, most in plan.limits.items()},
+    )
 
 
 def guess_roots(drafts: DraftBatch) -> tuple[tuple[int | None, ...], DraftBatch]:

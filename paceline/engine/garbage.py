@@ -7,11 +7,24 @@ A full collection visits every container in the process: with `torch`, a tokeniz
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 
+_owners = itertools.count()
+_loaded: set[int] = set()
+
 
 def leave_out_what_is_loaded(owner: object) -> Callable[[], object]:
-    """Take everything that is alive now out of collections, until `owner` goes away or the result is called."""
+    """Take everything that is alive now out of collections, until `owner` and all others like it have gone away or the
+    results were called."""
+    number = next(_owners)
+    _loaded.add(number)
     gc.freeze()
-    return weakref.finalize(owner, gc.unfreeze)
+    return weakref.finalize(owner, _let_go, number)
+
+
+def _let_go(number: int) -> None:
+    _loaded.discard(number)
+    if not _loaded:
+        gc.unfreeze()

@@ -193,7 +193,7 @@ class GoodputLength:
         self._resting: tuple[Request, ...] = ()
         self._kept: _Kept | None = None
         self._kept_times: dict[tuple[int, int, int, int], _StepTimes] = {}
-        self._plain = Regret() if cost.overlaps else None
+        self._plain = Regret() if cost.overlaps and not self._fixed else None
 
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
@@ -309,7 +309,7 @@ class GoodputLength:
         seconds = self._cost.step_seconds(batch.num_tokens, most, len(batch.items), context)
         alone = self._plain.seconds(len(asked)) if self._plain is not None else None
         if alone is not None and batch.num_tokens == len(asked):
-            seconds[0] = alone
+            seconds[0] = min(alone, *seconds[1:2].tolist())
         extra = seconds[1:] - seconds[0]
         best = float((np.arange(1, most + 1) / np.maximum(extra, 1e-12)).max())
         if len(self._kept_times) >= _KEPT_TIMES:

@@ -316,3 +316,48 @@ def test_times_of_steps_that_overlap_add_up_to_the_time_that_passed() -> None:
     forward, steps = sum(s.forward_seconds for s in stats), sum(s.step_seconds for s in stats)
     assert forward <= passed * 1.001
     assert 0.8 * passed < steps <= passed * 1.001
+
+
+def test_a_draft_of_one_token_is_verified_behind_its_guess() -> None:
+    """The guess is no part of the length that was asked for."""
+    engine, device = late("ngram:k=1")
+    for prompt in REPEATING:
+        request = make_request(prompt, greedy(60))
+        run(engine, [request])
+        assert tuple(request.output_ids) == reference(prompt, 60)
+        assert request.stats.longest_draft <= 1
+    assert device.drafts_behind > 0
+
+
+def test_a_callback_may_run_the_engine_too() -> None:
+    """What ends in a call from within is not waited for."""
+    model = llm("none")
+    inner: list[int] = []
+
+    def on_finished(count: int) -> None:
+        if not inner:
+            inner.append(count)
+            model.generate([PROMPTS[1]], greedy(30))
+
+    found = model.generate([PROMPTS[0], PROMPTS[2]], [greedy(2), greedy(20)], on_finished=on_finished)
+    assert [len(g.token_ids) for g in found] == [2, 20]
+
+
+def test_an_id_that_comes_again_does_not_pay_for_the_one_before() -> None:
+    """The step that fails was launched for a request that has ended since; the new one of its id goes on."""
+    engine, device = late()
+    first = make_request(PROMPTS[0], greedy(30), id="x")
+    other = make_request(PROMPTS[1], greedy(30), id="y")
+    engine.add(first)
+    engine.add(other)
+    for _ in range(3):
+        engine.step()
+    engine.abort("x")
+    engine._news.clear()
+    second = make_request(PROMPTS[2], greedy(6), id="x")
+    engine.add(second)
+    device.fail_at = len(device._launched) - 1
+    run(engine, [])
+    assert other.finish_reason is FinishReason.ERROR
+    assert second.finish_reason is FinishReason.LENGTH
+    assert tuple(second.output_ids) == reference(PROMPTS[2], 6)

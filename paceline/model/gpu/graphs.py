@@ -89,6 +89,8 @@ class GraphRunner:
         self._on_host = [torch.empty(len(self._latest), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._seen: set[tuple[Bucket, ForwardPath]] = set()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
+        self._compiled: set[tuple[int, int, bool]] = set()
+        """Kinds of steps beyond every bucket that came before."""
         self.num_captures = 0
         """Times that anything was compiled or captured, which takes longer than what it is for."""
         self._stream = torch.cuda.Stream(self._device) if cuda else None  # type: ignore[no-untyped-call]
@@ -208,8 +210,8 @@ class GraphRunner:
         return found
 
     def _capture(self, captured: _Captured, path: ForwardPath | None) -> None:
-        torch.cuda.synchronize(self._device)  # the step in flight uses the same scratch, ...
-        latest = self._latest.clone()  # ... and its samples may enter the step that is captured for
+        latest = self._latest.clone()  # the samples of the step in flight may enter the one that is captured for, ...
+        torch.cuda.synchronize(self._device)  # ... and both use the same scratch
         try:
             with torch.cuda.stream(self._stream):
                 self._launch(captured.buffers, self._scratch, path)  # compiles what is not compiled yet
@@ -250,10 +252,12 @@ class GraphRunner:
 
     def _too_large(self, step: _Step, path: ForwardPath | None) -> _Outputs:
         """A batch beyond every bucket runs with memory of its own."""
-        self.num_captures += 1
         count, rows = sum(step.new), len(step.wanted)
         words = -(-step.tree_width // 64)
         splits = max(1, -(-step.longest // SPLIT_KEYS))
+        kind = splits, words, max(step.new) >= CHUNK_FROM
+        self.num_captures += kind not in self._compiled
+        self._compiled.add(kind)
         bucket = Bucket(count, len(step.new), max(rows, 1), splits, words, max(step.new) >= CHUNK_FROM)
         buffers = BatchBuffers(self._shape(bucket), self._device)
         step.fill(buffers, self._kv.block_size)

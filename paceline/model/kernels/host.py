@@ -126,8 +126,11 @@ class BatchBuffers:
             self._fields[name] = self._host.numpy().view(np.uint8)[offset:end].view(kind).reshape(dims)
             views[name] = self._device.view(torch.uint8)[offset:end].view(_TORCH[kind]).view(dims)
             offset += _padded_bytes(kind, dims)
-        for name in ("slot_mapping", "tile_seq", "chunk_tile_seq"):  # nothing is written or computed yet
-            self._fields[name][:] = -1
+        # Nothing is written or computed yet. Native code is compiled with that, not in somebody's first step.
+        f = self._fields
+        assert lay_slots(f["query_start"][:1], f["context_len"], f["block_tables"], shape.block_size, f["slot_mapping"])
+        for name in ("tile", "chunk_tile"):
+            lay_tiles(f["query_start"][:1], 1, 1, 1, f[f"{name}_seq"], f[f"{name}_start"])
         self._device.copy_(self._host)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         tiles = (
