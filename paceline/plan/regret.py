@@ -24,7 +24,7 @@ _MOST_LOSS = 10.0
 _MOST_CREDIT = 40.0
 """Likewise that gains of before may pay for: texts repeat themselves now and then only."""
 _LONGEST = 8.0
-"""Times a plain step: what took longer was disturbed."""
+"""Times a plain step, without drafting: what took longer was disturbed."""
 _SHARE = 0.02
 """Of all time that may be lost."""
 
@@ -69,7 +69,8 @@ class Regret:
             level.plain_steps += 1
             level.latest = step
         elif level.plain_steps >= _FIRST:
-            taken = min(stats.step_seconds / level.seconds, _LONGEST)
+            drafting = sum(stats.draft_seconds.values())
+            taken = min((stats.step_seconds - drafting) / level.seconds, _LONGEST) + drafting / level.seconds
             won = stats.num_committed / stats.num_sampling
             level.loss = max(level.loss + taken - won, -_MOST_CREDIT)
             if level.loss > _MOST_LOSS:

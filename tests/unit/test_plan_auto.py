@@ -31,6 +31,7 @@ from paceline.plan import goodput as goodput_module
 from paceline.plan.base import DrafterLimits
 from paceline.plan.cost_model import CostModel, CostTable
 from paceline.plan.goodput import GoodputLength, PricedCut
+from paceline.plan.regret import Regret
 from paceline.plan.smartspec_request import RatioCut
 from paceline.plan.survival import AcceptanceEstimates
 
@@ -547,3 +548,21 @@ def test_few_plain_steps_are_taken_all_the_same() -> None:
     """A new number of requests begins with them, and then one comes in every 64."""
     asked, _ = overlapping(live=0.012, gain=1, steps=640)
     assert 610 <= asked <= 640 - 6 - 8
+
+
+def test_a_draft_that_takes_very_long_is_rested_from_very_long() -> None:
+    """What a drafter takes by itself is no disturbance."""
+    regret = Regret()
+    for step in range(10):
+        regret.learn(step_stats(step_seconds=0.01), step)
+    assert regret.seconds(1) == pytest.approx(0.01)
+    regret.learn(step_stats(step_seconds=0.5, draft_seconds={"magicdec": 0.49}), 10)
+    assert all(regret.is_due(1, step) for step in range(11, 2000, 100))
+
+
+def test_a_disturbance_is_not_what_looking_costs() -> None:
+    regret = Regret()
+    for step in range(10):
+        regret.learn(step_stats(step_seconds=0.01), step)
+    regret.learn(step_stats(step_seconds=5.0, draft_seconds={"ngram": 1e-4}), 10)
+    assert not regret.is_due(1, 11)
