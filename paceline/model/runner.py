@@ -130,7 +130,7 @@ class ModelRunner:
 
     @property
     def num_preparations(self) -> int:
-        """Forwards so far that were compiled or captured, or were too large for that: their times tell nothing."""
+        """Forwards so far for which something was compiled or captured: their times tell nothing."""
         return 0 if self._graphs is None else self._graphs.num_captures
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

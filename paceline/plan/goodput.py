@@ -31,7 +31,7 @@ from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStat
 from paceline.plan.base import DrafterLimits, Sampling, sampling
 from paceline.plan.cost_model import CostModel
 from paceline.plan.draft_levels import DraftLevels
-from paceline.plan.regret import Regret
+from paceline.plan.regret import Regret, level_of
 from paceline.plan.survival import AcceptanceEstimates
 from paceline.plan.usage import Usage
 
@@ -122,13 +122,13 @@ class Goodput:
     def at(self, requests: int, plain_seconds: float) -> float:
         """Tokens per second that a second is worth; before any measurement, and at least, that of plain decoding."""
         plain = requests / plain_seconds
-        sums = self._sums.get(_level(requests))
+        sums = self._sums.get(level_of(requests))
         return plain if sums is None else max(sums[0] / sums[1], plain)
 
     def learn(self, requests: int, tokens: float, seconds: float) -> None:
         """Take in a step."""
-        before = self._sums.get(_level(requests), (0.0, 0.0))
-        self._sums[_level(requests)] = _MEMORY * before[0] + tokens, _MEMORY * before[1] + seconds
+        before = self._sums.get(level_of(requests), (0.0, 0.0))
+        self._sums[level_of(requests)] = _MEMORY * before[0] + tokens, _MEMORY * before[1] + seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +368,3 @@ def _decoding(batch: ScheduledBatch) -> tuple[Request, ...]:
 _NOBODY = SpecPlan(budgets=np.empty(0, dtype=np.int64), drafters=(), bucket=0, acceptance={}, observers=frozenset())
 """Nobody may look ahead, and no drafter spends time on it."""
 _NOTHING_PAYS = replace(_NOBODY, slot_price=1.0)
-
-
-def _level(requests: int) -> int:
-    return requests if requests <= 8 else 8 + round(6.0 * float(np.log2(requests / 8.0)))

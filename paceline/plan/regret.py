@@ -78,5 +78,9 @@ class Regret:
                 level.loss = 0.0
 
     def _level(self, requests: int) -> _Level:
-        at = requests if requests <= 8 else 8 + round(6.0 * float(np.log2(requests / 8.0)))
-        return self._levels.setdefault(at, _Level())
+        return self._levels.setdefault(level_of(requests), _Level())
+
+
+def level_of(requests: int) -> int:
+    """Numbers of requests that are alike: each by itself up to 8, then six to a doubling."""
+    return requests if requests <= 8 else 8 + round(6.0 * float(np.log2(requests / 8.0)))
