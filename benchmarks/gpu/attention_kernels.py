@@ -18,9 +18,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from paceline.model.kernels.attend import Partials, attend
-from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, DECODE_ROWS, AttentionBatch
-from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
+from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, DECODE_ROWS, SPLIT_KEYS, AttentionBatch
+from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree, programs_of
 from paceline.model.kernels.kv_write import rope_write_kv
+from paceline.model.kernels.layout import share_splits
 from paceline.model.kernels.twins import attend_twin
 
 CUDA = torch.device("cuda")
@@ -77,6 +78,9 @@ def build(model: Model, num_new: int, context: int, batch: int, tree: bool) -> t
     blocks = -(-(context + num_new) // BLOCK_SIZE)
     groups = model.heads // model.kv_heads
     chunk = num_new >= CHUNK_FROM
+    queries, programs = DECODE_ROWS // groups, programs_of(model.kv_heads)
+    new, keys = np.full(batch, num_new), np.full(batch, context + num_new)
+    each, longest = share_splits(new, keys, CHUNK_FROM - 1, queries, SPLIT_KEYS, programs)
     shape = BatchShape(
         num_new * batch,
         batch,
@@ -84,7 +88,9 @@ def build(model: Model, num_new: int, context: int, batch: int, tree: bool) -> t
         BLOCK_SIZE,
         groups,
         tree_words=1 if tree else 0,
-        max_tiles=0 if chunk else batch * -(-num_new // (DECODE_ROWS // groups)),
+        max_tiles=0 if chunk else batch * -(-num_new // queries),
+        max_splits=longest if longest > each else 1,
+        kv_heads=model.kv_heads,
         max_chunk_tiles=batch * -(-num_new // (CHUNK_ROWS // groups)) if chunk else 0,
     )
     tables = np.random.default_rng(0).permutation(batch * blocks).reshape(batch, blocks)

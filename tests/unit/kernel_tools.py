@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from paceline.model.kernels.batch import AttentionBatch
+from paceline.model.kernels.batch import PROGRAMS, AttentionBatch
 from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,6 +91,8 @@ def make(
     chunk_tiles: int = 0,
     tree_words: int | None = None,
     tables: list[list[int]] | None = None,
+    programs: int = PROGRAMS,
+    max_splits: int = 0,
 ) -> Case:
     """Keys and values of `sequences` scattered over a pool whose other slots hold NaN."""
     rng = np.random.default_rng(seed)
@@ -109,6 +111,8 @@ def make(
         groups=heads // kv_heads,
         tree_words=-(-width // 64) if tree_words is None else tree_words,
         max_chunk_tiles=chunk_tiles,
+        max_splits=max_splits,
+        kv_heads=-(-PROGRAMS // programs),  # only says how many programs share the keys
     )
     buffers = BatchBuffers(shape, DEVICE)
     batch = buffers.fill(

@@ -19,7 +19,6 @@ from paceline.model.gpu import graphs
 from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.graphs import GraphRunner
 from paceline.model.gpu.weights import is_llama_like
-from paceline.model.kernels.batch import SPLIT_KEYS
 from paceline.model.kernels.embed import embed, embed_twin
 from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput, kv_shape
@@ -186,11 +185,12 @@ def test_embeddings_are_those_of_the_twin() -> None:
 
 def test_buckets_hold_what_they_are_found_for() -> None:
     buckets = Buckets(max_tokens=600, max_seqs=32, max_model_len=4096)
-    assert buckets.find([1], 1, 100, 0) == Bucket(1, 1, 1, 1, 0, False)
-    assert buckets.find([3, 1], 4, 300, 3) == Bucket(4, 4, 4, 8, 2, False)
-    assert buckets.find([80, 1], 2, 30, 0) == Bucket(128, 32, 64, 1, 0, True)
+    assert buckets.find([1], 1, 1, 0) == Bucket(1, 1, 1, 1, 0, False)
+    assert buckets.find([3, 1], 4, 2, 3) == Bucket(4, 4, 4, 16, 2, False)
+    assert buckets.find([80, 1], 2, 1, 0) == Bucket(128, 32, 64, 1, 0, True)
     assert buckets.find([700], 1, 1, 0) is None
-    assert buckets.find([1] * 33, 33, 10, 0) is None
+    assert buckets.find([1] * 33, 33, 1, 0) is None
+    assert buckets.find([1], 1, 17, 0) is None
     sizes = list(buckets.sizes())
     assert sizes == sorted(set(sizes))
     assert sizes[-1] >= 600
@@ -200,6 +200,5 @@ def test_buckets_hold_what_they_are_found_for() -> None:
         assert len(wanted) == len({*wanted})
         for bucket in wanted:  # none is captured in vain
             ones = [1] * (0 if bucket.chunks else bucket.seqs - 1)
-            longest = min(bucket.splits * SPLIT_KEYS, engine.max_model_len)
             new = [bucket.tokens - len(ones), *ones]
-            assert engine.find(new, bucket.rows, longest, 64 * bucket.tree_words) == bucket
+            assert engine.find(new, bucket.rows, bucket.splits, 64 * bucket.tree_words) == bucket

@@ -128,3 +128,21 @@ def test_a_draft_node_has_the_bits_of_the_token_it_becomes() -> None:
     decode = make([Sequence(306)], heads=3, kv_heads=1, tables=case.tables, padding=0)
     decode.keys, decode.values, decode.query = case.keys, case.values, case.query[5:].clone()
     assert torch.equal(run(decode)[0], tree[5:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 300])
+def test_programs_may_share_the_keys_in_any_way(window: int | None, dtype: torch.dtype) -> None:
+    """To the bit: each program reads one split, three, or all of them; or the shape has no room for parts at all."""
+    sequences = [Sequence(1200), Sequence(5), Sequence(255), tree_of(700, bushy(9), 2), Sequence(400, 30)]
+    options = {} if window is None else {"window": window}
+    results = []
+    for programs, splits in ((400, 0), (27, 0), (1, 0), (1, 1)):
+        case = make(sequences, heads=4, kv_heads=1, dtype=dtype, programs=programs, max_splits=splits)
+        each = int(case.batch.tiles[0].each)
+        assert {400: each == 1, 27: 1 < each < 5, 1: each >= 5}[programs]
+        check(case, **options)
+        results.append(run(case, **options))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])

@@ -14,7 +14,7 @@ from kernel_tools import BLOCK_SIZE, DEVICE, Sequence, bushy, make, tree_of
 
 from paceline.model.attention import SequenceAttention
 from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
-from paceline.model.kernels.layout import lay_slots, lay_tiles
+from paceline.model.kernels.layout import lay_slots, lay_tiles, share_splits
 from paceline.model.kernels.twins import sees
 
 
@@ -82,9 +82,9 @@ def test_more_than_the_shape_holds_is_refused() -> None:
     shape = BatchShape(10, 2, 40, BLOCK_SIZE, groups=1, max_tiles=1)
     with pytest.raises(AssertionError, match="tiles are more"):
         fill(BatchBuffers(shape, DEVICE), [Sequence(1), Sequence(1)])
-    shape = BatchShape(10, 2, 40, BLOCK_SIZE, groups=1, max_splits=1)
+    shape = BatchShape(10, 2, 80, BLOCK_SIZE, groups=1, max_splits=2)
     with pytest.raises(AssertionError, match="splits hold"):
-        fill(BatchBuffers(shape, DEVICE), [Sequence(300)])
+        fill(BatchBuffers(shape, DEVICE), [Sequence(700)])
 
 
 def test_slots_and_tiles_are_those_of_the_plain_loops() -> None:
@@ -100,16 +100,36 @@ def test_slots_and_tiles_are_those_of_the_plain_loops() -> None:
         indices = np.concatenate([np.arange(c, c + n) for c, n in zip(context, new, strict=True)])
         owner = np.repeat(np.arange(len(new)), new)
         assert slots.tolist() == [*(tables[owner, indices // 16] * 16 + indices % 16), -1, -1, -1]
-        for least, most, queries in ((1, 64, 5), (65, 400, 21)):
-            seq, start = np.full((2, 300), 7, dtype=np.int32)
-            count = lay_tiles(starts, least, most, queries, seq, start)
-            expected = [
+        keys = (context + new).astype(np.int32)
+        for least, most, queries, each in ((1, 64, 5, 2), (65, 400, 21, 100)):
+            seq, start, split = np.full((3, 600), 7, dtype=np.int32)
+            found, count = lay_tiles(starts, keys, least, most, queries, 16, each, seq, start, split)
+            tiles = [
                 (s, row)
                 for s, n in enumerate(new)
                 if least <= n <= most
                 for row in range(starts[s], starts[s + 1], queries)
             ]
-            assert list(zip(seq[:count], start[:count], strict=True)) == expected
+            items = [(*tile, first) for first in range(0, 12, each) for tile in tiles if first * 16 < keys[tile[0]]]
+            assert list(zip(seq[:count], start[:count], split[:count], strict=True)) == items
+            assert [*zip(seq, start, strict=False)][: len(tiles)] == tiles
+            assert found == len(tiles)
             assert (seq[count:] == -1).all()
-            assert count < 2 or lay_tiles(starts, least, most, queries, seq[:1], start[:1]) == count
+            few = seq[:1], start[:1], split[:1]
+            assert count < 2 or lay_tiles(starts, keys, least, most, queries, 16, each, *few) == (found, count)
     assert not lay_slots(np.array([0, 8], np.int32), np.array([10], np.int32), np.zeros((1, 1), np.int32), 16, slots)
+
+
+def test_splits_are_shared_evenly_and_fit() -> None:
+    """Programs have equal shares but for one split, and a shape has room for them."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        new = rng.choice([1, 2, 9, 64, 300], size=rng.integers(1, 40))
+        keys = new + rng.integers(0, 5000, len(new))
+        programs = int(rng.choice([1, 8, 33, 264]))
+        each, longest = share_splits(new, keys, 64, 4, 256, programs)
+        decoding = new <= 64
+        tiles, splits = -(-new[decoding] // 4), -(-keys[decoding] // 256)
+        assert longest == splits.max(initial=0)
+        assert each == max(1, -(-int((tiles * splits).sum()) // programs))
+        assert (tiles * -(-splits // each)).sum() <= tiles.sum() + programs

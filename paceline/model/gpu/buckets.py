@@ -9,8 +9,6 @@ from paceline.model.gpu.tiles import SOME
 from paceline.model.kernels.batch import CHUNK_FROM, SPLIT_KEYS
 
 _SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-_SPLITS = (1, 8)
-"""Splits of the keys that graphs are captured for, beside as many as the longest sequence fills."""
 _TREE_WORDS = (0, 2, 16)
 """Every one of them is compiled for, which takes seconds; a word more costs a wide tree's mask next to nothing."""
 
@@ -24,6 +22,7 @@ class Bucket:
     rows: int
     """Of logits."""
     splits: int
+    """Of the keys of a sequence that programs may share; 1: they share none."""
     tree_words: int
     """Words of 64 nodes in the widest draft tree; 0: chains only."""
     chunks: bool
@@ -62,21 +61,21 @@ class Buckets:
         """What the longest sequence fills."""
         return -(-self.max_model_len // SPLIT_KEYS)
 
-    def find(self, new: list[int], rows: int, longest: int, tree_width: int) -> Bucket | None:
+    def find(self, new: list[int], rows: int, splits: int, tree_width: int) -> Bucket | None:
         """The bucket of a batch; None if it is larger than any.
 
         Args:
             new: new tokens of every sequence.
             rows: wanted rows of logits.
-            longest: keys of the longest sequence in decode tiles.
+            splits: of the longest sequence in decode tiles if programs share them, otherwise 1.
             tree_width: nodes of the widest tree.
         """
         count = sum(new)
         tokens = next((size for size in self.sizes() if size >= count and _rows(size, rows) >= rows), None)
         words = next((w for w in _TREE_WORDS if 64 * w >= tree_width), None)
-        if tokens is None or words is None or len(new) > self.max_seqs or longest > self.max_model_len:
+        if tokens is None or words is None or len(new) > self.max_seqs or splits > self.most_splits:
             return None
-        splits = next((s for s in _SPLITS if s * SPLIT_KEYS >= longest and s < self.most_splits), self.most_splits)
+        splits = self.most_splits if splits > 1 else 1
         return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
 
     def first(self, *, trees: bool = False) -> Iterator[Bucket]:
@@ -86,12 +85,12 @@ class Buckets:
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
             if tokens <= max(2 * self.max_seqs, SOME):
-                for splits in {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}:
+                for splits in {1, self.most_splits}:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
                     if trees and tokens > 2:
                         yield Bucket(tokens, seqs, tokens, splits, words, False)
             else:
-                for splits in {min(s, self.most_splits) for s in _SPLITS}:
+                for splits in {1, self.most_splits}:
                     yield Bucket(tokens, seqs, SOME, splits, 0, True)
         if trees:  # compiled with the first of their kind, captured for others in no time
             last = max(self.sizes())

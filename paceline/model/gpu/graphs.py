@@ -22,9 +22,10 @@ from paceline.engine.types import NO_LAW
 from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.decoder import Decoder, Scratch, StepTokens, split_bytes
 from paceline.model.gpu.weights import fuse_weights
-from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, SPLIT_KEYS
+from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, DECODE_ROWS, SPLIT_KEYS
 from paceline.model.kernels.draw import Places, draw_rows
-from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree
+from paceline.model.kernels.host import BatchBuffers, BatchShape, Tree, programs_of
+from paceline.model.kernels.layout import share_splits
 from paceline.model.kernels.rows import LogitRows
 from paceline.model.path import ForwardPath
 
@@ -164,10 +165,11 @@ class GraphRunner:
 
     def _run(self, batch: ForwardBatch, draws: RowDraws | None) -> _Outputs:
         step = _Step(batch, draws)
-        bucket = self._buckets.find(step.new, len(batch.logit_rows), step.longest, step.tree_width)
+        splits = step.shared_splits(self._weights.heads, self._weights.kv_heads)
+        bucket = self._buckets.find(step.new, len(batch.logit_rows), splits, step.tree_width)
         with self._on_device():
             if bucket is None or not self._fits(bucket, step.num_decoding):
-                return self._too_large(step, batch.path)
+                return self._too_large(step, splits, batch.path)
             captured = self._of(bucket, batch.path)
             step.fill(captured.buffers, self._kv.block_size)
             if captured.graph is None:
@@ -241,6 +243,7 @@ class GraphRunner:
             groups=groups,
             tree_words=bucket.tree_words,
             max_splits=bucket.splits,
+            kv_heads=w.kv_heads,
             max_chunk_tiles=chunk_tiles,
             extra=(
                 ("token_ids", bucket.tokens),
@@ -250,18 +253,17 @@ class GraphRunner:
             ),
         )
 
-    def _too_large(self, step: _Step, path: ForwardPath | None) -> _Outputs:
+    def _too_large(self, step: _Step, splits: int, path: ForwardPath | None) -> _Outputs:
         """A batch beyond every bucket runs with memory of its own."""
         count, rows = sum(step.new), len(step.wanted)
         words = -(-step.tree_width // 64)
-        splits = max(1, -(-step.longest // SPLIT_KEYS))
         kind = splits, words, max(step.new) >= CHUNK_FROM
         self.num_captures += kind not in self._compiled
         self._compiled.add(kind)
         bucket = Bucket(count, len(step.new), max(rows, 1), splits, words, max(step.new) >= CHUNK_FROM)
         buffers = BatchBuffers(self._shape(bucket), self._device)
         step.fill(buffers, self._kv.block_size)
-        room = step.num_decoding * split_bytes(self._weights, splits)
+        room = step.num_decoding * split_bytes(self._weights, splits) if splits > 1 else 0
         return self._launch(buffers, Scratch.empty(self._weights, count, max(rows, 1), room), path)
 
 
@@ -284,12 +286,17 @@ class _Step:
             sequences, new = tuple(sequences[i] for i in order), [new[i] for i in order]
         self.sequences, self.new, self.wanted = sequences, new, wanted
         self.carried = np.array([s.carried for s in sequences], dtype=np.int64)
-        self.longest = max(
-            (s.context_len + n for s, n in zip(sequences, new, strict=True) if n < CHUNK_FROM), default=1
-        )
         self.num_decoding = sum(n for n in new if n < CHUNK_FROM)
         self.trees = [None if s.visible is None else _tree(s) for s in sequences]
         self.tree_width = max((t.visible.shape[1] for t in self.trees if t is not None), default=0)
+
+    def shared_splits(self, heads: int, kv_heads: int) -> int:
+        """Splits of the longest sequence in decode tiles if programs should share them, otherwise 1."""
+        new = np.array(self.new, dtype=np.int64)
+        keys = new + np.array([s.context_len for s in self.sequences], dtype=np.int64)
+        queries = max(1, DECODE_ROWS // (heads // kv_heads))
+        each, longest = share_splits(new, keys, CHUNK_FROM - 1, queries, SPLIT_KEYS, programs_of(kv_heads))
+        return longest if longest > each else 1
 
     def fill(self, buffers: BatchBuffers, block_size: int) -> None:
         """Describe the step to the device."""

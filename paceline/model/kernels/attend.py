@@ -12,7 +12,7 @@ from paceline.model.kernels.attention import attention_kernel, merge_splits_kern
 from paceline.model.kernels.batch import SPLIT_KEYS, AttentionBatch, Tiles
 from paceline.model.kernels.overlap import launch_options
 
-_MERGE_AT_ONCE = 16
+_MERGE_AT_ONCE = 4
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -100,7 +100,7 @@ def _launch(
     groups = heads // kv_heads
     block_m = max(16, triton.next_power_of_2(tiles.queries * groups))
     stride_splits = 1 if partials is None else partials.lse.shape[2]
-    block_n, stages = _key_block(block_m, head_dim, key_pool.element_size())
+    block_n, stages, warps = _key_block(block_m, head_dim, key_pool.element_size())
     stored = out if partials is None else partials.out
     common = {
         "NUM_HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -108,33 +108,34 @@ def _launch(
         "OVERLAP": overlap, **launch_options(overlap),
     }  # fmt: skip
     log_sums = out if lse is None else lse
-    attention_kernel[(tiles.seq.shape[0], kv_heads, max(tiles.splits, 1))](
+    attention_kernel[(tiles.seq.shape[0], kv_heads)](
         query, key_pool, value_pool, out, log_sums, stored, log_sums if partials is None else partials.lse,
         batch.query_start, batch.context_len, batch.key_start, batch.key_end, batch.block_tables, batch.positions,
         batch.tree_start, batch.tree_mask, batch.tree_positions, tiles.seq, tiles.start,
-        scale, softcap or 0.0, query.stride(0), query.stride(1), key_pool.stride(0), key_pool.stride(1),
-        batch.block_tables.shape[1], stride_splits,
+        tiles.split, tiles.each, scale, softcap or 0.0, query.stride(0), query.stride(1),
+        key_pool.stride(0), key_pool.stride(1), batch.block_tables.shape[1], stride_splits,
         GROUPS=groups, MERGED=tiles.splits > 1, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_SIZE=batch.block_size,
         TREE_WORDS=batch.tree_mask.shape[1], WINDOW=window or 0, SOFTCAP=softcap is not None,
         PRECISION="tf32x3", WIDEN=_INTERPRETED and query.dtype == torch.bfloat16,
-        num_warps=8 if block_m > 16 and head_dim > 128 else 4, num_stages=stages, **common,
+        num_warps=warps, num_stages=stages, **common,
     )  # fmt: skip
     if tiles.splits > 1:
         assert partials is not None
-        merge_splits_kernel[(tiles.seq.shape[0] * tiles.queries, heads)](
+        merge_splits_kernel[(tiles.num_tiles * tiles.queries, heads)](
             partials.out, partials.lse, out, log_sums, batch.query_start, batch.key_start, batch.key_end,
-            tiles.seq, tiles.start, stride_splits, BLOCK_S=_MERGE_AT_ONCE, num_warps=2, **common,
+            tiles.seq, tiles.start, tiles.each, stride_splits, AT_ONCE=_MERGE_AT_ONCE, num_warps=1, **common,
         )  # fmt: skip
 
 
-def _key_block(block_m: int, head_dim: int, element_size: int) -> tuple[int, int]:
-    """Keys of a block and stages of its loads, such that they fit in shared memory.
+def _key_block(block_m: int, head_dim: int, element_size: int) -> tuple[int, int, int]:
+    """Keys of a block, stages of its loads, such that they fit in shared memory, and warps.
 
     A function of the tile's shape only, never of the batch: it decides the order of summation.
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
     if block_m < 64:  # few programs run at decode, each waiting for memory: it asks for much at once
-        return (
-            (256, 1) if row_bytes <= 128 else (128, 2) if row_bytes <= 256 else (64, 3) if row_bytes <= 512 else (32, 3)
-        )
-    return (64, 3) if row_bytes <= 256 else (32, 3) if row_bytes <= 512 else (16, 2)
+        if row_bytes <= 128:
+            return 256, 1, 4
+        return (128, 2, 4) if row_bytes <= 256 else (64, 3, 4) if row_bytes <= 512 else (32, 3, 4)
+    warps = 8 if head_dim > 128 else 4
+    return (64, 3, warps) if row_bytes <= 256 else (32, 3, warps) if row_bytes <= 512 else (16, 2, warps)

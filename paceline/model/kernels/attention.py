@@ -1,9 +1,9 @@
 """Attention of ragged batches of chunks and draft trees over paged KV.
 
-One program computes a tile of queries, with the query heads of one KV head folded into its rows, over one split of
-the keys. Splits hold a fixed number of keys and are merged in order by a second kernel; a sequence of one split is
-written at once. Blocks of keys that a row does not see leave its bits as they are, so a row gives the same bits alone
-and in any batch of the same tile shape.
+One program computes a tile of queries, with the query heads of one KV head folded into its rows, over some splits of
+the keys. Splits hold a fixed number of keys and are merged in order: by the program that computed them if it has all
+of a tile's, otherwise by a second kernel, with the same operations. Blocks of keys that a row does not see leave its
+bits as they are, so a row gives the same bits alone and in any batch of the same tile shape.
 
 Scores are kept in units of log2, so that every exponential is an `exp2`. The multiplication by the scale and the
 subtraction of the maximum are one explicit `fma`: left to the compiler, they would be fused in the loop without a
@@ -104,25 +104,61 @@ def _accumulate(
 
 
 @triton.jit
+def _merge(out, out_max, out_sum, part, log2_sum):
+    """One more split into what is merged so far: part [M, D], log2_sum [M]; nothing is left to the compiler."""
+    new_max = tl.maximum(out_max, log2_sum)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = tl.exp2(log2_sum - shift)
+    fade = tl.exp2(out_max - shift)
+    out = tl.fma(out, tl.broadcast_to(fade[:, None], out.shape), part * weight[:, None])
+    return out, new_max, tl.fma(out_sum, fade, weight)
+
+
+@triton.jit
+def _close(acc, row_max, row_sum):
+    """The result of a split and its log-sum-exp."""
+    some = row_sum > 0.0
+    total = tl.where(some, row_sum, 1.0)
+    return acc / total[:, None], tl.where(some, row_max + tl.log2(total), float("-inf"))
+
+
+@triton.jit
+def _close_split(
+    acc, row_max, row_sum, out, out_max, out_sum, split, parted, partial_out, partial_lse, at, num_splits,
+    in_tile, row_ok, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """A split is read: merge it, leave it to the second kernel too if `parted`, and begin the next."""
+    part, log2_sum = _close(acc, row_max, row_sum)
+    if MERGED:
+        dim = tl.arange(0, BLOCK_D)
+        at_split = at * num_splits + split
+        tl.store(partial_out + at_split[:, None] * HEAD_DIM + dim[None, :], part, mask=in_tile & parted[:, None])
+        tl.store(partial_lse + at_split, log2_sum, mask=row_ok & parted)
+    out, out_max, out_sum = _merge(out, out_max, out_sum, part, log2_sum)
+    nothing = tl.full(row_max.shape, float("-inf"), tl.float32)
+    return tl.zeros_like(acc), nothing, tl.zeros_like(row_sum), out, out_max, out_sum
+
+
+@triton.jit
 def attention_kernel(
     query_ptr, key_pool, value_pool, out_ptr, lse_ptr, partial_out, partial_lse,
     query_start, context_len, key_start, key_end_ptr, block_tables, positions,
-    tree_start_ptr, tree_mask, tree_positions, tile_seq, tile_start,
+    tree_start_ptr, tree_mask, tree_positions, tile_seq, tile_start, tile_split, splits_each,
     scale, softcap, stride_query, stride_query_head, stride_slot, stride_pool_head, max_blocks, num_splits,
     NUM_HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE_QUERIES: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, MERGED: tl.constexpr, TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, kv_heads, splits). Rows of a tile are ordered by query, then by query head.
+    """Grid (tiles, kv_heads). Rows of a tile are ordered by query, then by query head.
 
-    `SPLIT_KEYS` is 0 if one program reads all keys. `MERGED`: sequences of more than one split go to the partials.
+    A tile comes once for every `splits_each` splits of its keys. `SPLIT_KEYS` is 0 if keys are not split. `MERGED`:
+    where that is more than once, splits go to the partials.
     """
     if OVERLAP:
         wait_for_inputs()
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
     seq = tl.load(tile_seq + tile)
     if seq < 0:
         return
@@ -131,10 +167,14 @@ def attention_kernel(
     low = first_key
     high = key_end
     if SPLIT_KEYS > 0:
+        each = tl.load(splits_each)
+        split = tl.load(tile_split + tile)
+        parted = tl.full((BLOCK_M,), key_end - first_key, tl.int32) > each * SPLIT_KEYS
         low = first_key + split * SPLIT_KEYS
-        high = tl.minimum(low + SPLIT_KEYS, key_end)
+        high = tl.minimum(low + each * SPLIT_KEYS, key_end)
         if (low >= key_end) & (split > 0):
             return
+        stop_split = (high - first_key + SPLIT_KEYS - 1) // SPLIT_KEYS
 
     first_row = tl.load(tile_start + tile)
     seq_first = tl.load(query_start + seq)
@@ -170,9 +210,13 @@ def attention_kernel(
     key_pool += kv_head * stride_pool_head
     value_pool += kv_head * stride_pool_head
     tree_positions += seq.to(tl.int64) * (64 * TREE_WORDS)
+    at = row_offsets * NUM_HEADS + head
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    out_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    out_sum = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(low, clear_end, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         seen = keys[None, :] > position[:, None] - WINDOW
@@ -180,6 +224,12 @@ def attention_kernel(
             acc, row_max, row_sum, query, keys, high, seen, table, key_pool, value_pool, stride_slot, scale, softcap,
             BLOCK_SIZE, HEAD_DIM, BLOCK_D, SOFTCAP, False, WINDOW > 0, PRECISION, WIDEN,
         )  # fmt: skip
+        if SPLIT_KEYS > 0:  # noqa: SIM102  # known when it is compiled
+            if (start + BLOCK_N - first_key) % SPLIT_KEYS == 0:
+                acc, row_max, row_sum, out, out_max, out_sum = _close_split(
+                    acc, row_max, row_sum, out, out_max, out_sum, (start - first_key) // SPLIT_KEYS, parted,
+                    partial_out, partial_lse, at, num_splits, in_tile, row_ok, HEAD_DIM, BLOCK_D, MERGED,
+                )  # fmt: skip
     for start in range(clear_end, high, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         seen = _sees(keys, high, own, rows, row_ok, position, tree_start, tree_mask, tree_positions, TREE_WORDS, WINDOW)
@@ -187,22 +237,34 @@ def attention_kernel(
             acc, row_max, row_sum, query, keys, high, seen, table, key_pool, value_pool, stride_slot, scale, softcap,
             BLOCK_SIZE, HEAD_DIM, BLOCK_D, SOFTCAP, True, True, PRECISION, WIDEN,
         )  # fmt: skip
+        if SPLIT_KEYS > 0:  # noqa: SIM102  # known when it is compiled
+            if (start + BLOCK_N - first_key) % SPLIT_KEYS == 0:
+                acc, row_max, row_sum, out, out_max, out_sum = _close_split(
+                    acc, row_max, row_sum, out, out_max, out_sum, (start - first_key) // SPLIT_KEYS, parted,
+                    partial_out, partial_lse, at, num_splits, in_tile, row_ok, HEAD_DIM, BLOCK_D, MERGED,
+                )  # fmt: skip
 
     if OVERLAP:
         let_next_begin()
-    some = row_sum > 0.0
-    total = tl.where(some, row_sum, 1.0)
-    result = acc / total[:, None]
-    log2_sum = tl.where(some, row_max + tl.log2(total), float("-inf"))
-    at = row_offsets * NUM_HEADS + head
-    if MERGED:
-        parted = tl.full((BLOCK_M,), key_end - first_key, tl.int32) > SPLIT_KEYS
-        at_split = at * num_splits + split
-        to_part = in_tile & parted[:, None]
-        tl.store(partial_out + at_split[:, None] * HEAD_DIM + dim[None, :], result, mask=to_part)
-        tl.store(partial_lse + at_split, log2_sum, mask=row_ok & parted)
-        row_ok = row_ok & (parted == 0)
-        in_tile = in_tile & row_ok[:, None]
+    if SPLIT_KEYS > 0:
+        read = low - first_key + tl.cdiv(tl.maximum(high - low, 0), BLOCK_N) * BLOCK_N
+        if read % SPLIT_KEYS != 0:
+            acc, row_max, row_sum, out, out_max, out_sum = _close_split(
+                acc, row_max, row_sum, out, out_max, out_sum, read // SPLIT_KEYS, parted,
+                partial_out, partial_lse, at, num_splits, in_tile, row_ok, HEAD_DIM, BLOCK_D, MERGED,
+            )  # fmt: skip
+        if MERGED:
+            nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            to_part = row_ok & parted
+            for unseen in range(split, (low - first_key) // SPLIT_KEYS):
+                tl.store(partial_lse + at * num_splits + unseen, nothing, mask=to_part)
+            for unseen in range(tl.cdiv(read, SPLIT_KEYS), stop_split):
+                tl.store(partial_lse + at * num_splits + unseen, nothing, mask=to_part)
+            row_ok = row_ok & (parted == 0)
+            in_tile = in_tile & row_ok[:, None]
+        result, log2_sum = _close(out, out_max, out_sum)
+    else:
+        result, log2_sum = _close(acc, row_max, row_sum)
     tl.store(out_ptr + at[:, None] * HEAD_DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), mask=in_tile)
     if STORE_LSE:
         tl.store(lse_ptr + at, log2_sum * LN_2, mask=row_ok)
@@ -210,12 +272,12 @@ def attention_kernel(
 
 @triton.jit
 def merge_splits_kernel(
-    partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start,
+    partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start, splits_each,
     stride_splits,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_QUERIES: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, BLOCK_S: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * TILE_QUERIES, heads). Splits are read BLOCK_S at a time, in order."""
+    """Grid (tiles * TILE_QUERIES, heads), over every tile's first place in the list."""
     if OVERLAP:  # before any program may end: this kernel's end must mean the end of those before it
         let_next_begin()
         wait_for_inputs()
@@ -226,32 +288,27 @@ def merge_splits_kernel(
         return
     num_keys = tl.load(key_end + seq) - tl.load(key_start + seq)
     row = tl.load(tile_start + tile) + tl.program_id(0) % TILE_QUERIES
-    if (num_keys <= SPLIT_KEYS) | (row >= tl.load(query_start + seq + 1)):
+    if (num_keys <= tl.load(splits_each) * SPLIT_KEYS) | (row >= tl.load(query_start + seq + 1)):
         return  # written already, or no query of this tile
     at = row.to(tl.int64) * NUM_HEADS + head
     num_splits = (num_keys + SPLIT_KEYS - 1) // SPLIT_KEYS
     dim = tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    row_max = tl.full((1,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((1,), tl.float32)
-    for first in range(0, num_splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        log2_sum = tl.load(partial_lse + at * stride_splits + split, mask=split < num_splits, other=float("-inf"))
-        some = log2_sum > float("-inf")
-        part = tl.load(
-            partial_out + (at * stride_splits + split)[:, None] * HEAD_DIM + dim[None, :],
-            mask=some[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        new_max = tl.maximum(row_max, tl.max(log2_sum, 0))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight = tl.exp2(log2_sum - shift)
-        fade = tl.exp2(row_max - shift)
-        acc = acc * fade + tl.sum(weight[:, None] * part, 0)
-        row_sum = row_sum * fade + tl.sum(weight, 0)
-        row_max = new_max
-    total = tl.where(row_sum > 0.0, row_sum, 1.0)
-    tl.store(out_ptr + at * HEAD_DIM + dim, (acc / total).to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+    out = tl.zeros((1, BLOCK_D), tl.float32)
+    out_max = tl.full((1,), float("-inf"), tl.float32)
+    out_sum = tl.zeros((1,), tl.float32)
+    one = tl.arange(0, 1)
+    for first in range(0, num_splits, AT_ONCE):
+        for ahead in tl.static_range(AT_ONCE):
+            split = first + ahead + one
+            log2_sum = tl.load(partial_lse + at * stride_splits + split, mask=split < num_splits, other=float("-inf"))
+            part = tl.load(
+                partial_out + (at * stride_splits + split)[:, None] * HEAD_DIM + dim[None, :],
+                mask=(log2_sum > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            out, out_max, out_sum = _merge(out, out_max, out_sum, part, log2_sum)
+    result, log2_sum = _close(out, out_max, out_sum)
+    to = (dim < HEAD_DIM)[None, :] & (one == 0)[:, None]
+    tl.store(out_ptr + at * HEAD_DIM + dim[None, :] + one[:, None], result.to(out_ptr.dtype.element_ty), mask=to)
     if STORE_LSE:
-        log_sum = tl.where(row_sum > 0.0, row_max + tl.log2(total), float("-inf")) * LN_2
-        tl.store(lse_ptr + at + tl.arange(0, 1), log_sum)
+        tl.store(lse_ptr + at + one, log2_sum * LN_2)

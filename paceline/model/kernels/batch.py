@@ -20,6 +20,10 @@ SPLIT_KEYS = 256
 DECODE_ROWS = 16
 """Rows (queries x query heads of one KV head) of a decode tile: the least that tensor cores take."""
 
+PROGRAMS = 264
+"""Programs that keep a GPU busy: two on each processor of an H200. Tiles are shared among more of them if there are
+fewer."""
+
 CHUNK_ROWS = 64
 """Rows of a tile of a prefill chunk."""
 
@@ -29,14 +33,23 @@ CHUNK_FROM = 65
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
-    """Query tiles of one shape: tile t covers up to `queries` rows from `start[t]`, all of sequence `seq[t]`."""
+    """Query tiles of one shape: tile t covers up to `queries` rows from `start[t]`, all of sequence `seq[t]`.
 
-    seq: torch.Tensor  # int32 [max_tiles]; -1 is padding
-    start: torch.Tensor  # int32 [max_tiles]; a row of the flat batch
+    A tile whose sequence has more than `each` splits stands in the list once for every so many of them: the first time
+    among the first `num_tiles`, then behind them. How many a program reads changes no bit of the result.
+    """
+
+    seq: torch.Tensor  # int32 [items]; -1 is padding
+    start: torch.Tensor  # int32 [items]; a row of the flat batch
+    split: torch.Tensor  # int32 [items]; the first one of this item
+    each: torch.Tensor
+    """Splits of an item.  # int32 [1]"""
     queries: int
     """Queries of a tile."""
     splits: int
-    """Splits launched, at least those of the longest sequence here; 0 if a tile reads all its keys in one program."""
+    """The most that partial results are kept for; 1: every tile stands here once; 0: keys are not split."""
+    num_tiles: int
+    """The most tiles, however many times each stands here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,11 +15,12 @@ from paceline.model.kernels.batch import (
     CHUNK_FROM,
     CHUNK_ROWS,
     DECODE_ROWS,
+    PROGRAMS,
     SPLIT_KEYS,
     AttentionBatch,
     Tiles,
 )
-from paceline.model.kernels.layout import lay_slots, lay_tiles
+from paceline.model.kernels.layout import lay_slots, lay_tiles, share_splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class BatchShape:
     max_chunk_tiles: int = 0
     """Tiles of prefill chunks; a shape without them runs every sequence in decode tiles."""
     max_splits: int = 0
-    """Splits of decode tiles; 0 asks for as many as `max_blocks` blocks fill."""
+    """Splits of the keys that may be shared among programs; 1: none are, 0 asks for as many as `max_blocks` fill."""
+    kv_heads: int = 1
     extra: tuple[tuple[str, int], ...] = ()
     """Names and sizes of further fields (int64) that travel with the batch."""
 
@@ -63,8 +65,14 @@ class BatchShape:
 
     @property
     def num_splits(self) -> int:
-        """Splits that are launched for every decode tile."""
+        """The most splits of a decode tile that programs share."""
         return self.max_splits or -(-self.max_blocks * self.block_size // SPLIT_KEYS)
+
+    @property
+    def num_items(self) -> int:
+        """Places for decode tiles, those that several programs share counted for each."""
+        shared = self.num_tiles > 0 and self.num_splits > 1
+        return self.num_tiles + (programs_of(self.kv_heads) if shared else 0)
 
     def layout(self) -> dict[str, tuple[type[np.integer], tuple[int, ...]]]:
         """Name, type and shape of every field, widest types first so that all are aligned."""
@@ -81,10 +89,9 @@ class BatchShape:
             "block_tables": (np.int32, (seqs, self.max_blocks)),
             "tree_positions": (np.int32, (seqs, 64 * words)),
             "positions": (np.int32, (self.max_tokens,)),
-            "tile_seq": (np.int32, (self.num_tiles,)),
-            "tile_start": (np.int32, (self.num_tiles,)),
-            "chunk_tile_seq": (np.int32, (self.max_chunk_tiles,)),
-            "chunk_tile_start": (np.int32, (self.max_chunk_tiles,)),
+            "splits_each": (np.int32, (1,)),
+            **{f"tile_{name}": (np.int32, (self.num_items,)) for name in _OF_TILES},
+            **{f"chunk_tile_{name}": (np.int32, (self.max_chunk_tiles,)) for name in _OF_TILES},
         }
 
 
@@ -129,13 +136,21 @@ class BatchBuffers:
         # Nothing is written or computed yet. Native code is compiled with that, not in somebody's first step.
         f = self._fields
         assert lay_slots(f["query_start"][:1], f["context_len"], f["block_tables"], shape.block_size, f["slot_mapping"])
+        f["splits_each"][0] = 1
         for name in ("tile", "chunk_tile"):
-            lay_tiles(f["query_start"][:1], 1, 1, 1, f[f"{name}_seq"], f[f"{name}_start"])
+            tile = [f[f"{name}_{of}"] for of in _OF_TILES]
+            lay_tiles(f["query_start"][:1], f["key_end"], 1, 1, 1, SPLIT_KEYS, 1, *tile)
         self._device.copy_(self._host)
         self._copied = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        each = views.pop("splits_each")
+
+        def tiles_of(name: str, queries: int, splits: int, most: int) -> Tiles:
+            seq, start, split = (views.pop(f"{name}_{of}") for of in _OF_TILES)
+            return Tiles(seq, start, split, each, queries, splits, most)
+
         tiles = (
-            Tiles(views.pop("tile_seq"), views.pop("tile_start"), shape.tile_queries, shape.num_splits),
-            Tiles(views.pop("chunk_tile_seq"), views.pop("chunk_tile_start"), shape.chunk_queries, 0),
+            tiles_of("tile", shape.tile_queries, shape.num_splits, shape.num_tiles),
+            tiles_of("chunk_tile", shape.chunk_queries, 0, shape.max_chunk_tiles),
         )
         self.extra = {name: views.pop(name) for name, _ in shape.extra}
         self.batch = AttentionBatch(**views, tiles=tiles, block_size=shape.block_size)
@@ -210,14 +225,24 @@ class BatchBuffers:
         longest = CHUNK_FROM - 1 if shape.max_chunk_tiles else shape.max_tokens
         chunk = new > longest
         assert not chunk.any() or chunk[chunk.argmax() :].all(), "sequences in decode tiles come first"
-        keys = (f["key_end"] - f["key_start"])[: len(new)][~chunk]
-        assert keys.max(initial=0) <= shape.num_splits * SPLIT_KEYS, "more keys than the shape's splits hold"
-        for name, least, most, queries in (
-            ("tile", 1, longest, shape.tile_queries),
-            ("chunk_tile", longest + 1, shape.max_tokens, shape.chunk_queries),
+        keys = (f["key_end"] - f["key_start"])[: len(new)]
+        each, most = share_splits(new, keys, longest, shape.tile_queries, SPLIT_KEYS, programs_of(shape.kv_heads))
+        if shape.num_splits == 1:
+            each = max(most, 1)
+        assert each >= most or most <= shape.num_splits, "more keys than the shape's splits hold"
+        f["splits_each"][0] = each
+        for name, least, up_to, queries, share, room in (
+            ("tile", 1, longest, shape.tile_queries, each, shape.num_tiles),
+            ("chunk_tile", longest + 1, shape.max_tokens, shape.chunk_queries, _ALL, shape.max_chunk_tiles),
         ):
-            count = lay_tiles(starts, least, most, queries, f[f"{name}_seq"], f[f"{name}_start"])
-            assert count <= len(f[f"{name}_seq"]), f"{count} {name}s are more than the shape has"
+            tile = [f[f"{name}_{of}"] for of in _OF_TILES]
+            tiles, items = lay_tiles(starts, keys, least, up_to, queries, SPLIT_KEYS, share, *tile)
+            assert tiles <= room and items <= len(tile[0]), f"{tiles} {name}s are more than the shape has"  # noqa: PT018
+
+
+def programs_of(kv_heads: int) -> int:
+    """Programs wanted for each KV head."""
+    return -(-PROGRAMS // kv_heads)
 
 
 def _padded_bytes(kind: type[np.integer], dims: tuple[int, ...]) -> int:
@@ -225,4 +250,8 @@ def _padded_bytes(kind: type[np.integer], dims: tuple[int, ...]) -> int:
     return -(-np.dtype(kind).itemsize * math.prod(dims) // 16) * 16
 
 
+_OF_TILES = ("seq", "start", "split")
+"""Fields of `Tiles` in the buffers, in its order."""
+_ALL = 1 << 30
+"""Splits, more than there are."""
 _TORCH = {np.int64: torch.int64, np.int32: torch.int32}

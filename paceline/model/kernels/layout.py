@@ -37,34 +37,77 @@ def lay_slots(
 
 
 @compiled()
+def share_splits(
+    new: np.ndarray, keys: np.ndarray, most: int, queries: int, split_keys: int, programs: int
+) -> tuple[int, int]:
+    """How many splits of the keys one program should read, so that about so many programs have equal shares.
+
+    Args:
+        new: new tokens of every sequence.  # [S]
+        keys: keys of every sequence.  # [S]
+        most: new tokens of a sequence whose keys are split.
+        queries: of a tile.
+        split_keys: keys of a split.
+        programs: wanted for one KV head.
+
+    Returns:
+        Splits of a program, and splits of the longest sequence: if those are not more, no tile is shared.
+    """
+    total = longest = 0
+    for s in range(new.shape[0]):
+        if new[s] <= most:
+            splits = -(-keys[s] // split_keys)
+            total += -(-new[s] // queries) * splits
+            longest = max(longest, splits)
+    return max(1, -(-total // programs)), longest
+
+
+@compiled()
 def lay_tiles(
     starts: np.ndarray,
+    keys: np.ndarray,
     least: int,
     most: int,
     queries: int,
+    split_keys: int,
+    each: int,
     tile_seq: np.ndarray,
     tile_start: np.ndarray,
-) -> int:
-    """Tiles of all sequences with `least` to `most` new tokens; padding behind them.
+    tile_split: np.ndarray,
+) -> tuple[int, int]:
+    """Tiles of all sequences with `least` to `most` new tokens, each once for `each` splits; padding behind them.
 
     Args:
         starts: as above.  # int32 [S + 1]
+        keys: of every sequence.  # int32 [S]
         least: new tokens of a sequence in these tiles.
         most: the same.
         queries: of a tile.
-        tile_seq: the sequence of every tile, written as far as it goes.  # int32 [tiles]
-        tile_start: its first row, likewise.  # int32 [tiles]
+        split_keys: keys of a split.
+        each: splits that one program reads.
+        tile_seq: the sequence of every item, written as far as it goes.  # int32 [items]
+        tile_start: its first row, likewise.  # int32 [items]
+        tile_split: its first split, likewise.  # int32 [items]
 
     Returns:
-        How many tiles there are; more than there is room for is an error of the caller.
+        How many tiles and how many items there are; more than there is room for is an error of the caller.
     """
-    count = 0
-    for s in range(starts.shape[0] - 1):
-        if least <= starts[s + 1] - starts[s] <= most:
-            for row in range(starts[s], starts[s + 1], queries):
-                if count < tile_seq.shape[0]:
-                    tile_seq[count] = s
-                    tile_start[count] = row
-                count += 1
+    tiles = count = first = 0
+    longest = 1
+    while first < longest:  # every tile's first item before all others
+        for s in range(starts.shape[0] - 1):
+            if least <= starts[s + 1] - starts[s] <= most:
+                splits = -(-keys[s] // split_keys)
+                longest = max(longest, splits)
+                if first and splits <= first:
+                    continue
+                for row in range(starts[s], starts[s + 1], queries):
+                    if count < tile_seq.shape[0]:
+                        tile_seq[count] = s
+                        tile_start[count] = row
+                        tile_split[count] = first
+                    count += 1
+        tiles = tiles or count
+        first += each
     tile_seq[count:] = -1
-    return count
+    return tiles, count

@@ -15,13 +15,15 @@ from paceline.model.kernels.kv_write import rope_write_kv, write_kv
 _BATCH = """
     Tensor query_start, Tensor context_len, Tensor key_start, Tensor key_end, Tensor block_tables, Tensor slot_mapping,
     Tensor positions, Tensor tree_start, Tensor tree_mask, Tensor tree_positions,
-    Tensor[] tile_seq, Tensor[] tile_start, int[] tile_queries, int[] tile_splits, int block_size
+    Tensor[] tile_seq, Tensor[] tile_start, Tensor[] tile_split, Tensor[] splits_each, int[] tile_queries,
+    int[] tile_splits, int[] num_tiles, int block_size
 """
 _OPTIONS = "float scale, int? window, float? softcap"
 
 BatchArguments = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[int], list[int], int,
+    torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor],
+    list[int], list[int], list[int], int,
 ]  # fmt: skip
 """A batch as an operator's arguments; see `batch_arguments`."""
 
@@ -31,14 +33,15 @@ def batch_arguments(batch: AttentionBatch) -> BatchArguments:
     return (
         batch.query_start, batch.context_len, batch.key_start, batch.key_end, batch.block_tables, batch.slot_mapping,
         batch.positions, batch.tree_start, batch.tree_mask, batch.tree_positions,
-        [t.seq for t in batch.tiles], [t.start for t in batch.tiles],
-        [t.queries for t in batch.tiles], [t.splits for t in batch.tiles], batch.block_size,
+        [t.seq for t in batch.tiles], [t.start for t in batch.tiles], [t.split for t in batch.tiles],
+        [t.each for t in batch.tiles], [t.queries for t in batch.tiles], [t.splits for t in batch.tiles],
+        [t.num_tiles for t in batch.tiles], batch.block_size,
     )  # fmt: skip
 
 
 def _batch(arguments: BatchArguments) -> AttentionBatch:
-    tensors, (seq, start, queries, splits, block_size) = arguments[:10], arguments[10:]
-    tiles = tuple(Tiles(*fields) for fields in zip(seq, start, queries, splits, strict=True))
+    tensors, (*fields, block_size) = arguments[:10], arguments[10:]
+    tiles = tuple(Tiles(*of_kind) for of_kind in zip(*fields, strict=True))
     return AttentionBatch(*tensors, tiles, block_size)
 
 
