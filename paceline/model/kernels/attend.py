@@ -134,8 +134,6 @@ def _key_block(block_m: int, head_dim: int, element_size: int) -> tuple[int, int
     """
     row_bytes = triton.next_power_of_2(head_dim) * element_size
     if block_m < 64:  # few programs run at decode, each waiting for memory: it asks for much at once
-        if row_bytes <= 128:
-            return 256, 1, 4
         return (128, 2, 4) if row_bytes <= 256 else (64, 3, 4) if row_bytes <= 512 else (32, 3, 4)
     warps = 8 if head_dim > 128 else 4
     return (64, 3, warps) if row_bytes <= 256 else (32, 3, warps) if row_bytes <= 512 else (16, 2, warps)

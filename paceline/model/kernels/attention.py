@@ -158,6 +158,8 @@ def attention_kernel(
     if OVERLAP:
         wait_for_inputs()
     tile = tl.program_id(0)
+    if SPLIT_KEYS == 0:  # the last queries of a chunk see most keys: they begin first
+        tile = tl.num_programs(0) - 1 - tile
     kv_head = tl.program_id(1)
     seq = tl.load(tile_seq + tile)
     if seq < 0:
@@ -303,9 +305,10 @@ def merge_splits_kernel(
             log2_sum = tl.load(partial_lse + at * stride_splits + split, mask=split < num_splits, other=float("-inf"))
             part = tl.load(
                 partial_out + (at * stride_splits + split)[:, None] * HEAD_DIM + dim[None, :],
-                mask=(log2_sum > float("-inf"))[:, None] & (dim < HEAD_DIM)[None, :],
+                mask=(split < num_splits)[:, None] & (dim < HEAD_DIM)[None, :],
                 other=0.0,
             )
+            part = tl.where((log2_sum > float("-inf"))[:, None], part, 0.0)  # nothing was written where nothing is seen
             out, out_max, out_sum = _merge(out, out_max, out_sum, part, log2_sum)
     result, log2_sum = _close(out, out_max, out_sum)
     to = (dim < HEAD_DIM)[None, :] & (one == 0)[:, None]

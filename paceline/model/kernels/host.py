@@ -71,8 +71,7 @@ class BatchShape:
     @property
     def num_items(self) -> int:
         """Places for decode tiles, those that several programs share counted for each."""
-        shared = self.num_tiles > 0 and self.num_splits > 1
-        return self.num_tiles + (programs_of(self.kv_heads) if shared else 0)
+        return self.num_tiles + min(programs_of(self.kv_heads), self.num_tiles * (self.num_splits - 1))
 
     def layout(self) -> dict[str, tuple[type[np.integer], tuple[int, ...]]]:
         """Name, type and shape of every field, widest types first so that all are aligned."""
