@@ -189,6 +189,8 @@ class SlowSuffixDrafter:
 
     def propose(self, request: Request, budget: int) -> Tree:
         """Tokens, parents and classes."""
+        if budget < 1:
+            return [], [], []
         state = self._state(request)
         self._learn(request, state)
         self._share(request, state)
@@ -196,7 +198,7 @@ class SlowSuffixDrafter:
         state.own.extend(0, tokens[read : read + _READ_AT_ONCE])
         state.drafted_at, state.draft = len(tokens), None
         matches = self._look_up(state, tokens[-state.own.longest :], 0)
-        if matches is None or budget < 1:
+        if matches is None:
             return [], [], []
         state.draft = self._grow(state, matches, tokens[-state.own.longest :], budget)
         return state.draft.tokens, state.draft.parents, state.draft.key

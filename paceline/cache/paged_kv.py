@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -71,10 +72,21 @@ class PagedKV:
         return keys, values
 
     def move(self, source: Sequence[int], target: Sequence[int]) -> None:
-        """Copy slots in all layers (reads everything before it writes), to compact an accepted path."""
+        """Copy slots in all layers, to compact accepted paths.
+
+        Args:
+            source: what is copied; of one path they ascend.
+            target: where to, likewise, none of which lies behind its source. Paths share no slots.
+        """
         device = self._data.device
-        read = torch.tensor(source, dtype=torch.int64, device=device)
-        write = torch.tensor(target, dtype=torch.int64, device=device)
+        if device.type == "cuda" and find_spec("triton") is not None:
+            from paceline.model.kernels.compact import compact
+
+            moves = torch.tensor([source, target], dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+            with torch.cuda.device(device):
+                compact(self._slots, *moves.unbind())
+            return
+        read, write = torch.tensor([source, target], dtype=torch.int64, device=device).unbind()
         self._slots.index_copy_(2, write, self._slots.index_select(2, read))
 
 

@@ -115,14 +115,14 @@ class SuffixDrafter:
 
     def _propose(self, context: DraftContext) -> Proposal:
         request = context.request
+        if context.budget < 1:
+            return NOTHING
         state = self._state(request)
         self._learn(request, state)
         self._share(request, state)
         tokens, read = request.token_ids, state.own.num_tokens
         state.own.extend(0, _array(tokens[read : read + _READ_AT_ONCE]))
-        state.drafted_at, state.draft = len(tokens), None
-        if context.budget < 1:
-            return NOTHING
+        state.drafted_at = len(tokens)
         state.draft = self._grow(state, _array(tokens[-_LONGEST:]), context.budget)
         return state.draft.proposal if state.draft else NOTHING
 

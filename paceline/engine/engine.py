@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
 from paceline.engine.draft_tree import EMPTY_TREE
-from paceline.engine.feedback import observations, step_stats
+from paceline.engine.feedback import observations, slot_price, step_stats
 from paceline.engine.flight import (
     all_ended,
     guess_roots,
@@ -54,7 +55,7 @@ from paceline.verify.base import AcceptanceRule
 from paceline.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
-_NOTHING_OWED: tuple[StepStats | None, float] = (None, 0.0)
+_NOTHING_OWED: tuple[Callable[[], StepStats] | None, float] = (None, 0.0)
 _NOTHING_PLANNED: tuple[list[Request], SpecPlan] = ([], PLAIN)
 
 
@@ -103,8 +104,9 @@ class Engine:
         self._news: list[RequestOutput] = []
         self._in_flight: InFlight | None = None
         self._planned: tuple[list[Request], SpecPlan] = _NOTHING_PLANNED
-        self._owed: tuple[StepStats | None, float] = _NOTHING_OWED
-        """Of a step that ended then, and whose time is known when the next one is launched."""
+        self._owed = _NOTHING_OWED
+        """What is to be learned of a step that ended then. Its time is known when the next one is launched, and while
+        that runs, there is time to work it out."""
         self._prepared = runner.num_preparations
         self._left = 0.0
         """When the latest step was returned from."""
@@ -226,13 +228,17 @@ class Engine:
         else:
             step = self.launch(batch, started)
         (owed, ended), self._owed = self._owed, _NOTHING_OWED
-        prepared = self.runner.num_preparations != self._prepared
-        if owed is None or prepared or any(request.finished for request in owed.requests):
+        if owed is None:
             return step
         # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
         drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
         idle = max(self._left - ended, 0.0) + now - started - drafting
-        self._learn(replace(owed, step_seconds=owed.step_seconds + max(idle, 0.0)))
+        stats = owed()
+        prepared = self.runner.num_preparations != self._prepared
+        if prepared or any(request.finished for request in stats.requests):
+            self.last_stats = stats
+            return step
+        self._learn(replace(stats, step_seconds=stats.step_seconds + max(idle, 0.0)))
         return replace(step, started=now - drafting)
 
     def _may_run_ahead(self, step: InFlight) -> bool:
@@ -297,19 +303,19 @@ class Engine:
         now = time.perf_counter()
         # What follows the samples is done while the next step runs, where one can run already.
         ended = self.runner.last_read if self.runner.most_carried and step.scores.all_drawn else now
-        stats = self.last_stats = step_stats(step, ended - step.started, seconds)
-        if stats.slot_price is not None:
-            self.slot_price = stats.slot_price
+        if (price := slot_price(step)) is not None:
+            self.slot_price = price
+        stats = partial(step_stats, step, ended - step.started, seconds)
         prepared, self._prepared = self._prepared, self.runner.num_preparations
         if prepared != self._prepared:
-            return
-        nodes = 0 if step.wrong else step.verified.num_nodes
-        if nodes and self.runner.most_carried and not any(request.finished for request in stats.requests):
+            self.last_stats = stats()
+        elif self.runner.most_carried and step.walks and not any(item.request.finished for item in step.batch.items):
             self._owed = stats, ended
         else:
-            self._learn(stats)
+            self._learn(stats())
 
     def _learn(self, stats: StepStats) -> None:
+        self.last_stats = stats
         if self.stages.policy is not None:
             try:
                 self.stages.policy.learn(stats)

@@ -14,6 +14,7 @@ from paceline.engine.types import (
     NodeLabels,
     Observation,
     ScheduledRequest,
+    SpecPlan,
     StepStats,
     Walk,
 )
@@ -50,8 +51,25 @@ def step_stats(step: AcceptedStep, step_seconds: float, observe_seconds: Mapping
         gains=gains,
         nodes=nodes,
         labels=node_labels(trees, step.plan.acceptance) if asked else _NO_LABELS,
-        slot_price=step.verified.slot_price if step.plan.slot_price is None else step.plan.slot_price,
+        slot_price=slot_price(step),
+        asked=_asked(step.plan, asked),
+        ahead=step.batch.items[0].carried is not None,
     )
+
+
+def slot_price(step: AcceptedStep) -> float | None:
+    """What a draft node had to survive with to be verified; None where no price was put on nodes."""
+    return step.verified.slot_price if step.plan.slot_price is None else step.plan.slot_price
+
+
+def _asked(plan: SpecPlan, names: Iterable[str]) -> dict[str, int]:
+    """Requests that each drafter could draft for, where it could not for all of them."""
+    found = {}
+    for name in names:
+        limit = plan.limits.get(name)
+        if isinstance(limit, np.ndarray):
+            found[name] = int(np.count_nonzero(np.minimum(plan.budgets, limit)))
+    return found
 
 
 def _from_root(item: ScheduledRequest, walk: Walk) -> tuple[int, ...]:

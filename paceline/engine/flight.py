@@ -22,7 +22,7 @@ def reads_samples_only(step: InFlight) -> bool:
     wishes = [item.request.params for item in step.batch.items]
     return (
         step.scores.all_drawn
-        and (step.wrong or step.verified.num_nodes == 0)
+        and not step.walks
         and not step.scores.prompt_rows
         and all(params.logprobs is None for params in wishes)
     )
@@ -63,8 +63,13 @@ def room_for_guesses(plan: SpecPlan, batch: ScheduledBatch, max_model_len: int) 
     return replace(
         plan,
         budgets=np.minimum(np.where(plan.budgets > 0, plan.budgets + 1, 0), room_of(batch, max_model_len)),
-        limits={name: most + 1 for name, most in plan.limits.items()},
+        limits={name: _one_more(most) for name, most in plan.limits.items()},
     )
+
+
+def _one_more(most: int | IntArray) -> int | IntArray:
+    """A limit for those who have one."""
+    return most + (np.asarray(most) > 0)
 
 
 def guess_roots(drafts: DraftBatch) -> tuple[tuple[int | None, ...], DraftBatch]:

@@ -280,6 +280,11 @@ class InFlight:
     wrong: bool = False
     """Whether no root was guessed right, so that every request gets one token and no tree is walked."""
 
+    @property
+    def walks(self) -> bool:
+        """Whether a request may get more than one token."""
+        return not self.wrong and self.verified.num_nodes > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcceptedStep(InFlight):
@@ -379,6 +384,10 @@ class StepStats:
     labels: NodeLabels
     slot_price: float | None = None
     """See `DraftBatch.slot_price`."""
+    asked: Mapping[str, int] = field(default_factory=dict)
+    """Requests that each drafter was asked for; of one that is not here, all."""
+    ahead: bool = False
+    """Whether the step was launched behind another, before that one was read."""
 
     @property
     def num_sampling(self) -> int:

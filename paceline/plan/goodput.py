@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from paceline.arrays import BoolArray, FloatArray
+from paceline.arrays import BoolArray, FloatArray, IntArray
 from paceline.engine.draft_progress import KeepDrafting
 from paceline.engine.request import Request
 from paceline.engine.types import Candidates, ScheduledBatch, SpecPlan, StepStats
@@ -198,7 +198,10 @@ class GoodputLength:
     def plan(self, batch: ScheduledBatch, max_model_len: int) -> SpecPlan:
         """Who is asked, how far, and the price of this step."""
         self._step += 1
-        if self._plain is not None and self._plain.is_due(len(batch.sampling), self._step):
+        if self._plain is not None and (
+            # A prompt's end is one step of many, and what it is drafted for then is dear: everything is read first.
+            batch.num_tokens > len(batch.items) or self._plain.is_due(len(batch.sampling), self._step)
+        ):
             return _NOTHING_PAYS
         if self._step < self._rest_until and _decoding(batch) == self._resting:
             plan = _NOTHING_PAYS if self._kept is None else self._again(self._kept)
@@ -323,7 +326,7 @@ class GoodputLength:
 
     def _limits(
         self, asked: Sampling, times: _StepTimes, goodput: float
-    ) -> tuple[dict[str, int], dict[str, int], KeepDrafting | None, bool]:
+    ) -> tuple[dict[str, int | IntArray], dict[str, int], KeepDrafting | None, bool]:
         """Most nodes of every drafter that is asked, most forwards of those that take their own, who goes on; and
         whether the next steps will ask the same."""
         depth: dict[str, int] = {}
@@ -338,13 +341,26 @@ class GoodputLength:
         paying: list[str] = []
         if times.best_rate > goodput:  # otherwise not even a certain token would pay
             paying = self._usage.paying(self._readers, len(asked), goodput, alone=not any(depth.values()))
+        few: dict[str, int | IntArray] = {}
         for name, most in self._readers.items():
             due = self._step >= self._usage.next_look(name, len(asked), times.seconds.item(0))
             if name in paying or due:
                 depth[name] = most
+                if self._plain is not None and not (name in paying and self._usage.is_proven(name)):
+                    few[name] = self._for_few(name, most, len(asked), times.seconds.item(0))
                 self._usage.asked(name, self._step)
-        limits = {d.name: depth[d.name] for d in self._drafters if depth.get(d.name)}
-        return limits, depths, stop, not any(depths.values()) and limits.keys() <= self._fixed.union(paying)
+        limits = {d.name: few.get(d.name, depth[d.name]) for d in self._drafters if depth.get(d.name)}
+        steady = not any(depths.values()) and not few and limits.keys() <= self._fixed.union(paying)
+        return limits, depths, stop, steady
+
+    def _for_few(self, name: str, most: int, requests: int, plain: float) -> int | IntArray:
+        """A limit under which a drafter is asked for some of the requests, others every time."""
+        few = self._usage.few(name, requests, plain)
+        if few == requests:
+            return most
+        limits = np.zeros(requests, dtype=np.int64)
+        limits[(self._step * few + np.arange(few)) % requests] = most
+        return limits
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:
         """What a token of each request is worth; one that would miss its deadline at the common rate weighs more."""

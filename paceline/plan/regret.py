@@ -18,6 +18,8 @@ _FIRST = 6
 """Plain steps that are taken before anything else with a new number of requests, ..."""
 _EVERY = 64
 """... and most steps until the next one."""
+_ALONE = 3
+"""Plain steps in a row after which it is no use to wait for one behind another."""
 _FADE = 0.9
 _MOST_LOSS = 10.0
 """Plain steps' time that may be lost in a row."""
@@ -35,12 +37,31 @@ class _Level:
 
     plain_steps: int = 0
     latest: int = 0
-    """The step of the last plain one."""
+    """The step of the last plain one that says what plain steps take."""
     seconds: float = 0.0
     """Fading mean of a plain step."""
+    ahead: int = 0
+    """Plain steps launched behind others."""
+    alone: int = 0
+    """Plain steps in a row that were not."""
     loss: float = 0.0
     """In plain steps."""
     rest_until: int = 0
+
+    def learn_plain(self, seconds: float, step: int, *, ahead: bool) -> None:
+        """A plain step behind another tells what plain decoding takes; the first one after others waits for the host.
+        Where none can be launched behind another, any of them does."""
+        self.alone = 0 if ahead else self.alone + 1
+        self.plain_steps += 1
+        if ahead or not self.ahead or self.alone >= _ALONE:
+            self.latest = step
+        if ahead and not self.ahead:
+            self.seconds = 0.0
+        self.ahead += ahead
+        if ahead or not self.ahead:
+            count = self.ahead or self.plain_steps
+            taken = min(seconds, 2.0 * self.seconds) if count > 1 else seconds
+            self.seconds += max(1.0 / count, 1.0 - _FADE) * (taken - self.seconds)
 
 
 class Regret:
@@ -63,11 +84,7 @@ class Regret:
         """Take in a step of decoding requests."""
         level = self._level(stats.num_sampling)
         if not stats.draft_seconds:
-            rate = max(1.0 / (level.plain_steps + 1), 1.0 - _FADE)
-            taken = min(stats.step_seconds, 2.0 * level.seconds if level.plain_steps else stats.step_seconds)
-            level.seconds += rate * (taken - level.seconds)
-            level.plain_steps += 1
-            level.latest = step
+            level.learn_plain(stats.step_seconds, step, ahead=stats.ahead)
         elif level.plain_steps >= _FIRST:
             drafting = sum(stats.draft_seconds.values())
             taken = min((stats.step_seconds - drafting) / level.seconds, _LONGEST) + drafting / level.seconds

@@ -25,6 +25,10 @@ _SHADOW_SHARE = 0.001
 _LOOK_SHARE = 0.01
 """Likewise for what is around looks, of all drafters together."""
 _AROUND_FADE = 0.95
+_FIRST_FEW = 2
+"""Requests that a drafter is asked for when its time is not known, ..."""
+_FEW_SHARE = 0.5
+"""... and share of a step that finding out about it may take."""
 _LONG_PERIOD = 64
 """Looks come at least so often, ..."""
 _LARGE_LOOK = 0.2
@@ -102,6 +106,17 @@ class Usage:
         use = self._use.setdefault(name, DrafterUse())
         return use.next_look(use.seconds * requests, self.around, step_seconds)
 
+    def is_proven(self, name: str) -> bool:
+        """Whether a drafter was asked often enough to be judged."""
+        return name in self._use and self._use[name].asked >= _TRIALS
+
+    def few(self, name: str, requests: int, step_seconds: float) -> int:
+        """For how many requests a drafter may be asked to find out about it."""
+        use = self._use.setdefault(name, DrafterUse())
+        if not use.asked:
+            return min(_FIRST_FEW, requests)
+        return min(max(int(_FEW_SHARE * step_seconds / max(use.seconds, 1e-9)), 1), requests)
+
     def probe(self, name: str, step: int, seconds: float, step_seconds: float) -> bool:
         """Whether a drafter that is planned by depth should look one token further than it pays, for `seconds`."""
         use = self._use.setdefault(name, DrafterUse())
@@ -118,12 +133,12 @@ class Usage:
             goodput: tokens per second that time is worth.
             node_cost: what verifying a node of this step cost, in tokens.
         """
-        requests = stats.num_sampling
-        if requests:
+        if stats.num_sampling:
             if not stats.num_prompt_tokens and not stats.num_draft_nodes:
                 self._learn_outside(stats)
             for name, seconds in stats.draft_seconds.items():
                 use = self._use.setdefault(name, DrafterUse())
+                requests = max(stats.asked.get(name, stats.num_sampling), 1)
                 net = stats.gains.get(name, 0.0) - node_cost * stats.nodes.get(name, 0)
                 use.learn(max(net, 0.0) / requests, seconds / requests, goodput, self.around / requests)
 

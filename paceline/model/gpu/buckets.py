@@ -71,12 +71,19 @@ class Buckets:
             tree_width: nodes of the widest tree.
         """
         count = sum(new)
-        tokens = next((size for size in self.sizes() if size >= count and _rows(size, rows) >= rows), None)
-        words = next((w for w in _TREE_WORDS if 64 * w >= tree_width), None)
-        if tokens is None or words is None or len(new) > self.max_seqs or splits > self.most_splits:
+        tokens = next((size for size in self.sizes() if size >= max(count, rows)), None)
+        words = words_of(tree_width)
+        if tokens is None or words > _TREE_WORDS[-1] or len(new) > self.max_seqs or splits > self.most_splits:
             return None
         splits = self.most_splits if splits > 1 else 1
-        return Bucket(tokens, min(tokens, self.max_seqs), _rows(tokens, rows), splits, words, max(new) >= CHUNK_FROM)
+        kept = self._rows(tokens, rows)
+        return Bucket(tokens, min(tokens, self.max_seqs), kept, splits, words, max(new) >= CHUNK_FROM)
+
+    def _rows(self, tokens: int, wanted: int) -> int:
+        """Rows of logits of a bucket for so many tokens: all of a small one, otherwise few of a prompt's, or more."""
+        if tokens <= SOME or wanted <= SOME:
+            return min(tokens, SOME)
+        return next(size for size in self.sizes() if size >= wanted)
 
     def first(self, *, trees: bool = False) -> Iterator[Bucket]:
         """What is captured before the first request: decoding at all sizes, chains of drafts too, prompts, and with
@@ -99,6 +106,6 @@ class Buckets:
             yield Bucket(wide, min(wide, self.max_seqs), wide, 1, _TREE_WORDS[-1], True)
 
 
-def _rows(tokens: int, wanted: int) -> int:
-    """Rows of logits of a bucket for so many tokens: all, or few of a prompt's."""
-    return tokens if tokens <= SOME or wanted > SOME else SOME
+def words_of(tree_width: int) -> int:
+    """Words of 64 nodes for so many, of the few numbers of words that anything is compiled for."""
+    return next((words for words in _TREE_WORDS if 64 * words >= tree_width), -(-tree_width // 64))

@@ -7,6 +7,7 @@ they first come. Padding rows write no KV. On a CPU (Triton's interpreter) the s
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from triton.errors import TritonError
 from paceline.arrays import IntArray
 from paceline.cache.paged_kv import PagedKV
 from paceline.engine.types import NO_LAW
-from paceline.model.gpu.buckets import Bucket, Buckets
+from paceline.model.gpu.buckets import Bucket, Buckets, words_of
 from paceline.model.gpu.decoder import Decoder, Scratch, StepTokens, split_bytes
 from paceline.model.gpu.weights import fuse_weights
 from paceline.model.kernels.batch import CHUNK_FROM, CHUNK_ROWS, DECODE_ROWS, SPLIT_KEYS
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _OVERLAP_FROM = (9, 0)
 """Compute capability from which kernels may begin while the ones before them end."""
+_CAPTURE_AT = 4
+"""Times that a shape comes before it is captured, which takes as long as launching the kernels one by one so often."""
 _BEYOND = 1024
 """Positions that draft nodes may take behind the longest sequence."""
 _MOST_PARTIALS = 256 << 20
@@ -88,7 +91,7 @@ class GraphRunner:
         self._no_law = torch.tensor(NO_LAW, dtype=torch.int32, device=self._device)
         # Two, since a step may be launched before the one in flight is read.
         self._on_host = [torch.empty(len(self._latest), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
-        self._seen: set[tuple[Bucket, ForwardPath]] = set()
+        self._seen: Counter[tuple[Bucket, ForwardPath | None]] = Counter()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
         self._compiled: set[tuple[int, int, bool]] = set()
         """Kinds of steps beyond every bucket that came before."""
@@ -110,8 +113,10 @@ class GraphRunner:
         wanted = [bucket for bucket in self._buckets.first(trees=trees) if self._fits(bucket, bucket.tokens)]
         with self._on_device():
             for done, bucket in enumerate(wanted, start=1):
-                self._of(bucket, None)
+                self._capture(self._of(bucket, None), None)
                 on_progress(done, len(wanted))
+            if trees:  # compiled now, not when the first path is accepted
+                self._kv.move([0], [0])
 
     def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the batch and write its KV.
@@ -170,7 +175,7 @@ class GraphRunner:
         with self._on_device():
             if bucket is None or not self._fits(bucket, step.num_decoding):
                 return self._too_large(step, splits, batch.path)
-            captured = self._of(bucket, batch.path)
+            captured = self._prepare(bucket, batch.path)
             step.fill(captured.buffers, self._kv.block_size)
             if captured.graph is None:
                 return self._launch(captured.buffers, self._scratch, batch.path)
@@ -201,13 +206,21 @@ class GraphRunner:
 
     def _of(self, bucket: Bucket, path: ForwardPath | None) -> _Captured:
         found = self._captured.get((bucket, path))
-        if found is None and path is not None and (bucket, path) not in self._seen:
-            self._seen.add((bucket, path))  # many are tried once; what comes again is captured
-            return _Captured(self._of(bucket, None).buffers)
         if found is None:
+            if path is None:
+                buffers = BatchBuffers(self._shape(bucket), self._device)
+            else:
+                buffers = self._of(bucket, None).buffers
+            found = self._captured[bucket, path] = _Captured(buffers)
+        return found
+
+    def _prepare(self, bucket: Bucket, path: ForwardPath | None) -> _Captured:
+        """What serves the next step: many shapes come once, those that come again are captured."""
+        found = self._of(bucket, path)
+        if found.graph is None and not (self.eager and self._seen[bucket, path]):
+            self._seen[bucket, path] += 1
             self.num_captures += 1
-            found = self._captured[bucket, path] = _Captured(BatchBuffers(self._shape(bucket), self._device))
-            if not self.eager:
+            if self._seen[bucket, path] >= _CAPTURE_AT and not self.eager:
                 self._capture(found, path)
         return found
 
@@ -256,7 +269,7 @@ class GraphRunner:
     def _too_large(self, step: _Step, splits: int, path: ForwardPath | None) -> _Outputs:
         """A batch beyond every bucket runs with memory of its own."""
         count, rows = sum(step.new), len(step.wanted)
-        words = -(-step.tree_width // 64)
+        words = words_of(step.tree_width)
         kind = splits, words, max(step.new) >= CHUNK_FROM
         self.num_captures += kind not in self._compiled
         self._compiled.add(kind)

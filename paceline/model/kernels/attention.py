@@ -139,7 +139,7 @@ def _close_split(
     return tl.zeros_like(acc), nothing, tl.zeros_like(row_sum), out, out_max, out_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def attention_kernel(
     query_ptr, key_pool, value_pool, out_ptr, lse_ptr, partial_out, partial_lse,
     query_start, context_len, key_start, key_end_ptr, block_tables, positions,
@@ -272,7 +272,7 @@ def attention_kernel(
         tl.store(lse_ptr + at, log2_sum * LN_2, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_splits"])
 def merge_splits_kernel(
     partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start, splits_each,
     stride_splits,

@@ -17,7 +17,7 @@ _BLOCK_ELEMENTS = 128
 _BLOCK_MOVES = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_moves"], do_not_specialize_on_alignment=["sources", "targets"])
 def compact_kernel(
     pool, sources, targets, num_moves, stride_plane, stride_slot, row_elements,
     BLOCK_MOVES: tl.constexpr, BLOCK_ELEMENTS: tl.constexpr,

@@ -154,7 +154,7 @@ def _race_kernel(
     tl.store(winner_ptr + out, winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _winner_kernel(
     finish_ptr: tl.tensor,
     winner_ptr: tl.tensor,

@@ -31,7 +31,7 @@ class Tile:
     stages: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # compiled once, not for every kind of batch
 def _product(
     x,
     weight,
