@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from paceline.draft.base import Drafter
 from paceline.draft.drafting import Drafting
 from paceline.engine.commit import Committer
 from paceline.engine.draft_tree import EMPTY_TREE
-from paceline.engine.feedback import observations, slot_price, step_stats
+from paceline.engine.feedback import observations
 from paceline.engine.flight import (
     all_ended,
     guess_roots,
@@ -31,6 +30,7 @@ from paceline.engine.flight import (
     with_known_roots,
     without_logits,
 )
+from paceline.engine.learning import Learning
 from paceline.engine.refusals import check_request
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.rng import Repeats, secret_seed
@@ -55,7 +55,6 @@ from paceline.verify.base import AcceptanceRule
 from paceline.verify.verifier import Verifier
 
 logger = logging.getLogger(__name__)
-_NOTHING_OWED: tuple[Callable[[], StepStats] | None, float] = (None, 0.0)
 _NOTHING_PLANNED: tuple[list[Request], SpecPlan] = ([], PLAIN)
 
 
@@ -96,18 +95,12 @@ class Engine:
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self.last_stats: StepStats | None = None
-        self.slot_price = 0.0
-        """Of the latest step in which a policy priced the draft nodes."""
         self._requests: dict[str, Request] = {}
         self._repeats = Repeats()
         self._news: list[RequestOutput] = []
         self._in_flight: InFlight | None = None
         self._planned: tuple[list[Request], SpecPlan] = _NOTHING_PLANNED
-        self._owed = _NOTHING_OWED
-        """What is to be learned of a step that ended then. Its time is known when the next one is launched, and while
-        that runs, there is time to work it out."""
-        self._prepared = runner.num_preparations
+        self._learning = Learning(stages.policy, runner)
         self._left = 0.0
         """When the latest step was returned from."""
 
@@ -115,6 +108,16 @@ class Engine:
     def drafter_names(self) -> tuple[str, ...]:
         """The drafters that `speculation.drafters` of a request may name."""
         return self.stages.drafting.names
+
+    @property
+    def last_stats(self) -> StepStats | None:
+        """Of the latest step; None before the first."""
+        return self._learning.last_stats
+
+    @property
+    def slot_price(self) -> float:
+        """Of the latest step in which a policy priced the draft nodes."""
+        return self._learning.slot_price
 
     @property
     def has_work(self) -> bool:
@@ -227,19 +230,7 @@ class Engine:
             step = self.launch(batch, started, replace(plan, budgets=np.minimum(plan.budgets, room)))
         else:
             step = self.launch(batch, started)
-        (owed, ended), self._owed = self._owed, _NOTHING_OWED
-        if owed is None:
-            return step
-        # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
-        drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
-        idle = max(self._left - ended, 0.0) + now - started - drafting
-        stats = owed()
-        prepared = self.runner.num_preparations != self._prepared
-        if prepared or any(request.finished for request in stats.requests):
-            self.last_stats = stats
-            return step
-        self._learn(replace(stats, step_seconds=stats.step_seconds + max(idle, 0.0)))
-        return replace(step, started=now - drafting)
+        return self._learning.settle(step, started, self._left)
 
     def _may_run_ahead(self, step: InFlight) -> bool:
         """Whether the step is collected without what the next forward overwrites."""
@@ -300,27 +291,7 @@ class Engine:
                 stages.drafting.observe(observation, shown)
             tapping = [d.name for d in shown if d.taps]
             seconds = dict.fromkeys(tapping, (time.perf_counter() - started) / max(len(tapping), 1))
-        now = time.perf_counter()
-        # What follows the samples is done while the next step runs, where one can run already.
-        ended = self.runner.last_read if self.runner.most_carried and step.scores.all_drawn else now
-        if (price := slot_price(step)) is not None:
-            self.slot_price = price
-        stats = partial(step_stats, step, ended - step.started, seconds)
-        prepared, self._prepared = self._prepared, self.runner.num_preparations
-        if prepared != self._prepared:
-            self.last_stats = stats()
-        elif self.runner.most_carried and step.walks and not any(item.request.finished for item in step.batch.items):
-            self._owed = stats, ended
-        else:
-            self._learn(stats())
-
-    def _learn(self, stats: StepStats) -> None:
-        self.last_stats = stats
-        if self.stages.policy is not None:
-            try:
-                self.stages.policy.learn(stats)
-            except Exception:
-                logger.exception("a step could not be learned from; its tokens are committed")
+        self._learning.take(step, seconds)
 
     def check(self) -> None:
         """Assert that no block is lost (called whenever the engine is idle)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from paceline.engine.engine import Engine
 from paceline.engine.request import FinishReason, Request
 from paceline.engine.types import ScheduledBatch, SpecPlan, StepStats
 from paceline.errors import RequestError
+from paceline.model.runner import ForwardBatch, RowDraws
+from paceline.plan.base import PLAIN
 
 PROMPTS = [prompt_of(n) for n in (3, 20, 33, 18, 7, 12)]
 DRAWN: list[dict[str, Any]] = [
@@ -46,6 +48,21 @@ def late(speculation: str = "none", **options: Any) -> tuple[Engine, LateDevice]
     device = LateDevice(engine.runner, engine.vocab_size)
     engine.runner._native, engine.runner._graphs = None, device  # type: ignore[assignment]
     return engine, device
+
+
+def learned_by(engine: Engine, also: Callable[[StepStats], None] = lambda _: None) -> list[StepStats]:
+    """What the engine's policy will have learned from."""
+    policy, found = engine.stages.policy, list[StepStats]()
+    assert policy is not None
+    learn = policy.learn
+
+    def watch(stats: StepStats) -> None:
+        found.append(stats)
+        also(stats)
+        learn(stats)
+
+    policy.learn = watch  # type: ignore[method-assign]
+    return found
 
 
 def mixed(seed: int, kinds: list[dict[str, Any]], count: int = 24) -> list[Request]:
@@ -128,9 +145,7 @@ def test_a_wrong_guess_costs_no_more_than_its_nodes() -> None:
 
     drafter.propose = propose  # type: ignore[method-assign]
     request = make_request(PROMPTS[1], greedy(12))
-    learned: list[StepStats] = []
-    learn = engine._learn
-    engine._learn = lambda stats: (learned.append(stats), learn(stats))[1]  # type: ignore[method-assign,func-returns-value]
+    learned = learned_by(engine)
     run(engine, [request])
     assert tuple(request.output_ids) == reference(PROMPTS[1], 12)
     assert request.stats.accepted_tokens == 0 < request.stats.draft_tokens
@@ -185,13 +200,7 @@ def test_a_plan_that_cannot_be_followed_ahead_is_kept_for_the_step() -> None:
 def test_the_time_in_which_the_device_is_idle_is_the_price_of_the_nodes_before() -> None:
     engine, _ = late("prediction:k=4")
     learned: list[tuple[StepStats, bool]] = []
-    learn = engine._learn
-
-    def watch(stats: StepStats) -> None:
-        learned.append((stats, any(r.finished for r in stats.requests)))
-        learn(stats)
-
-    engine._learn = watch  # type: ignore[method-assign]
+    learned_by(engine, lambda stats: learned.append((stats, any(r.finished for r in stats.requests))))
     launch, slow = engine.launch, 0.03
 
     def slowly(batch: ScheduledBatch, started: float, plan: SpecPlan | None = None) -> Any:
@@ -311,6 +320,7 @@ def test_times_of_steps_that_overlap_add_up_to_the_time_that_passed() -> None:
     started = time.perf_counter()
     while engine.has_work:
         engine.step()
+        assert engine.last_stats is not None
         stats.append(engine.last_stats)
     passed = time.perf_counter() - started
     forward, steps = sum(s.forward_seconds for s in stats), sum(s.step_seconds for s in stats)
@@ -361,3 +371,46 @@ def test_an_id_that_comes_again_does_not_pay_for_the_one_before() -> None:
     assert other.finish_reason is FinishReason.ERROR
     assert second.finish_reason is FinishReason.LENGTH
     assert tuple(second.output_ids) == reference(PROMPTS[2], 6)
+
+
+def test_a_step_that_compiled_or_captured_is_not_learned_from() -> None:
+    """Its time tells nothing of its kind."""
+    engine, device = late("ngram:k=4")
+    learned = learned_by(engine)
+    request = make_request(REPEATING[0], greedy(30))
+    engine.add(request)
+    launch, slow = device.launch, list[int]()
+
+    def capture(batch: ForwardBatch, draws: RowDraws) -> Any:
+        if len(slow) < 3 and request.num_output > 8 * len(slow):
+            slow.append(request.num_output)
+            device.num_captures += 1
+        return launch(batch, draws)
+
+    device.launch = capture  # type: ignore[method-assign]
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+    assert len(slow) == 3
+    assert len(learned) <= steps - 3
+    assert sum(s.num_committed for s in learned) < 30
+    assert engine.last_stats is not None
+
+
+def test_of_many_plain_steps_some_are_learned_from() -> None:
+    """All at first, and every step's numbers are there for who asks."""
+    engine, _ = late("auto")
+    policy = engine.stages.policy
+    assert policy is not None
+    policy.plan = lambda *_: PLAIN  # type: ignore[method-assign]
+    learned = learned_by(engine)
+    engine.add(make_request(PROMPTS[0], greedy(100)))
+    seen = []
+    while engine.has_work:
+        engine.step()
+        assert engine.last_stats is engine.last_stats
+        seen.append(engine.last_stats)
+    assert len({id(stats) for stats in seen}) == len(seen) >= 100
+    assert learned[:16] == seen[:16]
+    assert 16 + 84 // 4 - 2 <= len(learned) <= 18 + 84 // 4

@@ -1,0 +1,120 @@
+"""When a step's statistics are worked out, and when the plan learns from them.
+
+They are worked out where somebody asks for them. A device that runs ahead must not wait for that: what a step with
+draft nodes taught is learned when the next one was launched, which also ends its time, since the device was idle until
+then because of its nodes. And of plain steps that follow one another, most say nothing new.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+
+from paceline.engine.feedback import slot_price, step_stats
+from paceline.engine.types import AcceptedStep, InFlight, StepStats
+from paceline.model.runner import ModelRunner
+from paceline.plan.base import LengthPolicy
+
+logger = logging.getLogger(__name__)
+_SETTLED = 16
+"""Plain steps of the same requests in a row after which only every `_SELDOM`th is learned from."""
+_SELDOM = 4
+
+
+class Learning:
+    """The backward edge to the plan.
+
+    Args:
+        policy: what learns, if anything does.
+        runner: whether it runs ahead, and compiles or captures meanwhile.
+    """
+
+    def __init__(self, policy: LengthPolicy | None, runner: ModelRunner) -> None:
+        self.slot_price = 0.0
+        """Of the latest step in which a policy priced the draft nodes."""
+        self._policy = policy
+        self._runner = runner
+        self._prepared = runner.num_preparations
+        self._latest: Callable[[], StepStats] | None = None
+        self._known: StepStats | None = None
+        self._owed: float | None = None
+        """When the latest step ended, if its time is known only when the next one is launched."""
+        self._plain = 0, 0
+        """Plain steps in a row, and their requests."""
+
+    @property
+    def last_stats(self) -> StepStats | None:
+        """Of the latest step."""
+        if self._known is None and self._latest is not None:
+            self._known = self._latest()
+        return self._known
+
+    def take(self, step: AcceptedStep, observe_seconds: Mapping[str, float]) -> None:
+        """Take in a committed step.
+
+        Args:
+            step: it.
+            observe_seconds: what the drafters spent on learning from it.
+        """
+        if (price := slot_price(step)) is not None:
+            self.slot_price = price
+        ahead = self._runner.most_carried > 0
+        # What follows the samples is done while the next step runs, where one can run already.
+        ended = self._runner.last_read if ahead and step.scores.all_drawn else time.perf_counter()
+        self._known, self._owed = None, None
+        self._latest = partial(step_stats, step, ended - step.started, observe_seconds)
+        prepared, self._prepared = self._prepared, self._runner.num_preparations
+        if prepared != self._prepared or (ahead and self._says_nothing_new(step)):
+            return
+        if ahead and step.walks and not any(item.request.finished for item in step.batch.items):
+            self._owed = ended
+        else:
+            self._learn()
+
+    def settle(self, step: InFlight, started: float, left: float) -> InFlight:
+        """Learn from the step before one that was just launched, if that was put off.
+
+        Args:
+            step: what was launched.
+            started: when making it began.
+            left: when the engine was left before.
+
+        Returns:
+            The step; its time begins where that of the one before ends.
+        """
+        ended, self._owed = self._owed, None
+        if ended is None or self._latest is None:
+            return step
+        # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
+        drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
+        idle = max(max(left - ended, 0.0) + now - started - drafting, 0.0)
+        stats = self.last_stats
+        assert stats is not None
+        if self._runner.num_preparations != self._prepared or any(request.finished for request in stats.requests):
+            return step
+        self._known = replace(stats, step_seconds=stats.step_seconds + idle)
+        self._learn()
+        return replace(step, started=now - drafting)
+
+    def _says_nothing_new(self, step: AcceptedStep) -> bool:
+        """Whether it is one of many plain steps."""
+        count, requests = self._plain
+        if step.drafted.seconds or len(step.batch.sampling) < len(step.batch.items):
+            self._plain = 0, 0
+            return False
+        count = count + 1 if requests == len(step.batch.items) else 0
+        self._plain = count, len(step.batch.items)
+        return count > _SETTLED and count % _SELDOM > 0
+
+    def _learn(self) -> None:
+        if self._policy is None:
+            return
+        stats = self.last_stats
+        assert stats is not None
+        try:
+            self._policy.learn(stats)
+        except Exception:
+            logger.exception("a step could not be learned from; its tokens are committed")
