@@ -18,12 +18,14 @@ _FIRST = 6
 """Plain steps that are taken before anything else with a new number of requests, ..."""
 _EVERY = 64
 """... and most steps until the next one."""
+_DISTURBED = 1.25
+"""Times its mean that a plain step counts at most: it may take more one by one, but not less."""
 _ALONE = 3
 """Plain steps in a row after which it is no use to wait for one behind another."""
 _FADE = 0.9
 _MOST_LOSS = 10.0
 """Plain steps' time that may be lost in a row."""
-_MOST_CREDIT = 40.0
+_MOST_CREDIT = 20.0
 """Likewise that gains of before may pay for: texts repeat themselves now and then only."""
 _LONGEST = 8.0
 """Times a plain step, without drafting: what took longer was disturbed."""
@@ -44,9 +46,6 @@ class _Level:
     """Plain steps launched behind others."""
     alone: int = 0
     """Plain steps in a row that were not."""
-    loss: float = 0.0
-    """In plain steps."""
-    rest_until: int = 0
 
     def learn_plain(self, seconds: float, step: int, *, ahead: bool) -> None:
         """A plain step behind another tells what plain decoding takes; the first one after others waits for the host.
@@ -60,8 +59,17 @@ class _Level:
         self.ahead += ahead
         if ahead or not self.ahead:
             count = self.ahead or self.plain_steps
-            taken = min(seconds, 2.0 * self.seconds) if count > 1 else seconds
+            taken = min(seconds, _DISTURBED * self.seconds) if count > 1 else seconds
             self.seconds += max(1.0 / count, 1.0 - _FADE) * (taken - self.seconds)
+
+
+@dataclass(slots=True)
+class _Account:
+    """Of numbers of requests within a factor of two."""
+
+    loss: float = 0.0
+    """In plain steps."""
+    rest_until: int = 0
 
 
 class Regret:
@@ -69,11 +77,12 @@ class Regret:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
+        self._accounts: dict[int, _Account] = {}
 
     def is_due(self, requests: int, step: int) -> bool:
         """Whether this step must be plain."""
         level = self._level(requests)
-        return level.plain_steps < _FIRST or step > level.latest + _EVERY or step < level.rest_until
+        return level.plain_steps < _FIRST or step > level.latest + _EVERY or step < self._account(requests).rest_until
 
     def seconds(self, requests: int) -> float | None:
         """What a plain step takes; None before enough were seen."""
@@ -89,13 +98,17 @@ class Regret:
             drafting = sum(stats.draft_seconds.values())
             taken = min((stats.step_seconds - drafting) / level.seconds, _LONGEST) + drafting / level.seconds
             won = stats.num_committed / stats.num_sampling
-            level.loss = max(level.loss + taken - won, -_MOST_CREDIT)
-            if level.loss > _MOST_LOSS:
-                level.rest_until = step + round(level.loss / _SHARE)
-                level.loss = 0.0
+            account = self._account(stats.num_sampling)
+            account.loss = max(account.loss + taken - won, -_MOST_CREDIT)
+            if account.loss > _MOST_LOSS:
+                account.rest_until = step + round(account.loss / _SHARE)
+                account.loss = 0.0
 
     def _level(self, requests: int) -> _Level:
         return self._levels.setdefault(level_of(requests), _Level())
+
+    def _account(self, requests: int) -> _Account:
+        return self._accounts.setdefault(requests.bit_length(), _Account())
 
 
 def level_of(requests: int) -> int:

@@ -104,6 +104,8 @@ class Buckets:
             wide = next((size for size in self.sizes() if size > 64 * words), last)
             yield Bucket(last, min(last, self.max_seqs), SOME, 1, words, True)
             yield Bucket(wide, min(wide, self.max_seqs), wide, 1, _TREE_WORDS[-1], True)
+            if self.most_splits > 1 and self.max_seqs > 1:  # a tree so wide is a chunk beside others
+                yield Bucket(wide, min(wide, self.max_seqs), wide, self.most_splits, _TREE_WORDS[-1], True)
 
 
 def words_of(tree_width: int) -> int:

@@ -198,7 +198,8 @@ def attention_kernel(
     clear_end = tl.minimum(tl.minimum(own_first + 1, tree_start), high)
     if WINDOW > 0:
         oldest = tl.minimum(tl.min(position, 0) - WINDOW + 1, tree_start)
-        low += tl.maximum(oldest - low, 0) // BLOCK_N * BLOCK_N
+        # Not beyond this program's part, whose splits it has to answer for.
+        low = tl.minimum(low + tl.maximum(oldest - low, 0) // BLOCK_N * BLOCK_N, tl.maximum(low, high))
     clear_end = low + tl.maximum(clear_end - low, 0) // BLOCK_N * BLOCK_N
 
     dim = tl.arange(0, BLOCK_D)
