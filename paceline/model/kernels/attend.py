@@ -108,7 +108,7 @@ def _launch(
         "OVERLAP": overlap, **launch_options(overlap),
     }  # fmt: skip
     log_sums = out if lse is None else lse
-    attention_kernel[(tiles.seq.shape[0], kv_heads)](
+    attention_kernel[(kv_heads, tiles.seq.shape[0])](
         query, key_pool, value_pool, out, log_sums, stored, log_sums if partials is None else partials.lse,
         batch.query_start, batch.context_len, batch.key_start, batch.key_end, batch.block_tables, batch.positions,
         batch.tree_start, batch.tree_mask, batch.tree_positions, tiles.seq, tiles.start,

@@ -150,17 +150,18 @@ def attention_kernel(
     SPLIT_KEYS: tl.constexpr, MERGED: tl.constexpr, TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, kv_heads). Rows of a tile are ordered by query, then by query head.
+    """Grid (kv_heads, tiles): programs side by side read adjacent memory. Rows of a tile are ordered by query, then by
+    query head.
 
     A tile comes once for every `splits_each` splits of its keys. `SPLIT_KEYS` is 0 if keys are not split. `MERGED`:
     where that is more than once, splits go to the partials.
     """
     if OVERLAP:
         wait_for_inputs()
-    tile = tl.program_id(0)
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
     if SPLIT_KEYS == 0:  # the last queries of a chunk see most keys: they begin first
-        tile = tl.num_programs(0) - 1 - tile
-    kv_head = tl.program_id(1)
+        tile = tl.num_programs(1) - 1 - tile
     seq = tl.load(tile_seq + tile)
     if seq < 0:
         return

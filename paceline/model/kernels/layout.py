@@ -77,6 +77,8 @@ def lay_tiles(
 ) -> tuple[int, int]:
     """Tiles of all sequences with `least` to `most` new tokens, each once for `each` splits; padding behind them.
 
+    Every tile stands among the first ones, those of the longest sequences at the head: what takes long begins early.
+
     Args:
         starts: as above.  # int32 [S + 1]
         keys: of every sequence.  # int32 [S]
@@ -94,12 +96,14 @@ def lay_tiles(
     """
     tiles = count = first = 0
     longest = 1
-    while first < longest:  # every tile's first item before all others
-        for s in range(starts.shape[0] - 1):
-            if least <= starts[s + 1] - starts[s] <= most:
-                splits = -(-keys[s] // split_keys)
-                longest = max(longest, splits)
-                if first and splits <= first:
+    for s in range(starts.shape[0] - 1):
+        if least <= starts[s + 1] - starts[s] <= most:
+            longest = max(longest, -(-keys[s] // split_keys))
+    while first < longest:
+        for size in range(longest, 0, -1):
+            for s in range(starts.shape[0] - 1):
+                new, splits = starts[s + 1] - starts[s], max(-(-keys[s] // split_keys), 1)
+                if splits != size or size <= first or not least <= new <= most:
                     continue
                 for row in range(starts[s], starts[s + 1], queries):
                     if count < tile_seq.shape[0]:
