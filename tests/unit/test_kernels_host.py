@@ -108,7 +108,7 @@ def test_slots_and_tiles_are_those_of_the_plain_loops() -> None:
                 (s, row)
                 for s, n in enumerate(new)
                 if least <= n <= most
-                for row in range(starts[s], starts[s + 1], queries)
+                for row in reversed(range(starts[s], starts[s + 1], queries))
             ]
             tiles.sort(key=lambda tile: -(-keys[tile[0]] // 16), reverse=True)
             items = [(*tile, first) for first in range(0, 12, each) for tile in tiles if first * 16 < keys[tile[0]]]

@@ -160,8 +160,6 @@ def attention_kernel(
         wait_for_inputs()
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
-    if SPLIT_KEYS == 0:  # the last queries of a chunk see most keys: they begin first
-        tile = tl.num_programs(1) - 1 - tile
     seq = tl.load(tile_seq + tile)
     if seq < 0:
         return

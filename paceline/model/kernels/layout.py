@@ -77,7 +77,8 @@ def lay_tiles(
 ) -> tuple[int, int]:
     """Tiles of all sequences with `least` to `most` new tokens, each once for `each` splits; padding behind them.
 
-    Every tile stands among the first ones, those of the longest sequences at the head: what takes long begins early.
+    Every tile stands among the first ones, those of the longest sequences and of later rows before others: what takes
+    long begins early.
 
     Args:
         starts: as above.  # int32 [S + 1]
@@ -105,10 +106,10 @@ def lay_tiles(
                 new, splits = starts[s + 1] - starts[s], max(-(-keys[s] // split_keys), 1)
                 if splits != size or size <= first or not least <= new <= most:
                     continue
-                for row in range(starts[s], starts[s + 1], queries):
+                for tile in range((new - 1) // queries, -1, -1):
                     if count < tile_seq.shape[0]:
                         tile_seq[count] = s
-                        tile_start[count] = row
+                        tile_start[count] = starts[s] + tile * queries
                         tile_split[count] = first
                     count += 1
         tiles = tiles or count
