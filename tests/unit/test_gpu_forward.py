@@ -19,6 +19,7 @@ from paceline.model.gpu import graphs
 from paceline.model.gpu.buckets import Bucket, Buckets
 from paceline.model.gpu.graphs import GraphRunner
 from paceline.model.gpu.weights import is_llama_like
+from paceline.model.kernels.batch import CHUNK_FROM
 from paceline.model.kernels.embed import embed, embed_twin
 from paceline.model.path import ForwardPath
 from paceline.model.runner import ForwardBatch, ModelRunner, RowDraws, SequenceInput, kv_shape
@@ -187,7 +188,8 @@ def test_buckets_hold_what_they_are_found_for() -> None:
     buckets = Buckets(max_tokens=600, max_seqs=32, max_model_len=4096)
     assert buckets.find([1], 1, 1, 0) == Bucket(1, 1, 1, 1, 0, False)
     assert buckets.find([3, 1], 4, 2, 3) == Bucket(4, 4, 4, 16, 2, False)
-    assert buckets.find([80, 1], 2, 1, 0) == Bucket(128, 32, 64, 1, 0, True)
+    assert buckets.find([80, 1], 2, 1, 0) == Bucket(96, 32, 64, 1, 0, True)
+    assert buckets.find([65], 65, 1, 64) == Bucket(80, 32, 80, 1, 2, False), "a tree of 64 nodes and its root"
     assert buckets.find([700], 1, 1, 0) is None
     assert buckets.find([1] * 33, 33, 1, 0) is None
     assert buckets.find([1], 1, 17, 0) is None
@@ -200,5 +202,7 @@ def test_buckets_hold_what_they_are_found_for() -> None:
         assert len(wanted) == len({*wanted})
         for bucket in wanted:  # none is captured in vain
             ones = [1] * (0 if bucket.chunks else bucket.seqs - 1)
-            new = [bucket.tokens - len(ones), *ones]
-            assert engine.find(new, bucket.rows, bucket.splits, 64 * bucket.tree_words) == bucket
+            most = bucket.tokens if bucket.chunks else CHUNK_FROM - 1
+            new = [min(bucket.tokens - len(ones), most), *ones]
+            rows = bucket.rows if bucket.chunks else sum(new)
+            assert engine.find(new, rows, bucket.splits, 64 * bucket.tree_words) == bucket

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from paceline.model.gpu.tiles import SOME
 from paceline.model.kernels.batch import CHUNK_FROM, SPLIT_KEYS
 
-_SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160)
+"""The sizes up to where steps of 64 begin; a draft tree of 64 nodes has 65 tokens, 8 of 16 have 136."""
+_WIDE_TREE = 80
+"""Tokens up to which steps are prepared for draft trees whatever the number of sequences."""
 _TREE_WORDS = (0, 2, 16)
 """Every one of them is compiled for, which takes seconds; a word more costs a wide tree's mask next to nothing."""
 
@@ -53,7 +56,8 @@ class Buckets:
                 last = size
                 yield size
         while last < self.max_tokens:
-            last += 64 if last < 512 else 128 if last < 1024 else 512
+            step = 64 if last < 512 else 128 if last < 1024 else 512
+            last += step - last % step
             yield last
 
     @property
@@ -91,7 +95,7 @@ class Buckets:
         words = _TREE_WORDS[1] if trees else 0
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
-            if tokens <= max(2 * self.max_seqs, SOME):
+            if tokens <= max(2 * self.max_seqs, _WIDE_TREE):
                 for splits in {1, self.most_splits}:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
                     if trees and tokens > 2:

@@ -27,8 +27,9 @@ fewer."""
 CHUNK_ROWS = 64
 """Rows of a tile of a prefill chunk."""
 
-CHUNK_FROM = 65
-"""New tokens from which a sequence is a chunk: decode steps and draft trees share one tile shape, hence their bits."""
+CHUNK_FROM = 66
+"""New tokens from which a sequence is a chunk: decode steps and trees of up to 64 nodes, whose root comes with them,
+share one tile shape, hence their bits."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
