@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,13 +22,13 @@ from paceline.engine.draft_tree import EMPTY_TREE
 from paceline.engine.feedback import observations
 from paceline.engine.flight import (
     all_ended,
+    drop_logits,
     guess_roots,
     hold_blocks,
+    learn_roots,
     reads_samples_only,
     room_for_guesses,
     room_of,
-    with_known_roots,
-    without_logits,
 )
 from paceline.engine.learning import Learning
 from paceline.engine.refusals import check_request
@@ -172,7 +172,8 @@ class Engine:
         started = time.perf_counter()
         step, self._in_flight = self._in_flight, None
         if step is not None:  # the time in which nobody called is nobody's
-            step = None if all_ended(step.batch) else replace(step, started=step.started + started - self._left)
+            step.started += started - self._left
+            step = None if all_ended(step.batch) else step
         batch = self.stages.scheduler.schedule() if step is None else step.batch
         if not batch.items:
             self.check()
@@ -195,11 +196,12 @@ class Engine:
                 ahead = self._launch_ahead(step)
             except Exception:
                 logger.exception("a step could not be launched behind another; it is launched after it")
-            step = without_logits(step)
+            drop_logits(step)
         hold_blocks(step, ahead)
         output = self.collect(step)
         if ahead is not None:
-            self._in_flight = with_known_roots(ahead, self.runner.last_wait, self.runner.last_read)
+            learn_roots(ahead, self.runner.last_wait, self.runner.last_read)
+            self._in_flight = ahead
         return output
 
     def launch(self, batch: ScheduledBatch, started: float, plan: SpecPlan | None = None) -> InFlight:
@@ -230,7 +232,8 @@ class Engine:
             step = self.launch(batch, started, replace(plan, budgets=np.minimum(plan.budgets, room)))
         else:
             step = self.launch(batch, started)
-        return self._learning.settle(step, started, self._left)
+        self._learning.settle(step, started, self._left)
+        return step
 
     def _may_run_ahead(self, step: InFlight) -> bool:
         """Whether the step is collected without what the next forward overwrites."""
@@ -255,7 +258,14 @@ class Engine:
         walked = DraftBatch((EMPTY_TREE,) * len(step.verified.trees)) if step.wrong else step.verified
         acceptance = accept(stages.rule, step.batch, walked, scores, self.eos_token_ids)
         return AcceptedStep(
-            **{field.name: getattr(step, field.name) for field in fields(InFlight)},
+            step.batch,
+            step.plan,
+            step.drafted,
+            step.verified,
+            step.scores,
+            step.started,
+            step.guesses,
+            step.wrong,
             acceptance=acceptance,
             forward_seconds=self.runner.last_seconds + scores.transform_seconds,
         )

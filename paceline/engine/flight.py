@@ -28,9 +28,9 @@ def reads_samples_only(step: InFlight) -> bool:
     )
 
 
-def without_logits(step: InFlight) -> InFlight:
-    """The step when the next one has been launched, which overwrites its logits."""
-    return replace(step, scores=replace(step.scores, logits=step.scores.logits[:0]))
+def drop_logits(step: InFlight) -> None:
+    """The next step has been launched, which overwrites this one's logits."""
+    step.scores = replace(step.scores, logits=step.scores.logits[:0])
 
 
 def all_ended(batch: ScheduledBatch) -> bool:
@@ -86,20 +86,20 @@ def _guess(tree: DraftTree) -> tuple[int | None, DraftTree]:
     return (int(tree.tokens[node]) if len(below) else None), below
 
 
-def with_known_roots(step: InFlight, waited: float, started: float) -> InFlight:
-    """The step when the one before it was collected.
+def learn_roots(step: InFlight, waited: float, started: float) -> None:
+    """The step before this one was collected.
 
     Args:
         step: launched behind it.
         waited: seconds that the host waited for the device meanwhile; that much of drafting cost nothing.
         started: when the step before it ended.
     """
-    drafted = step.drafted
-    if spent := sum(drafted.seconds.values()):
+    if spent := sum(step.drafted.seconds.values()):
         left = max(1.0 - waited / spent, 0.0)
-        drafted = replace(drafted, seconds={name: left * seconds for name, seconds in drafted.seconds.items()})
+        seconds = {name: left * seconds for name, seconds in step.drafted.seconds.items()}
+        step.drafted = replace(step.drafted, seconds=seconds)
     right = any(
         guess is not None and not item.request.finished and item.request.token_ids[item.start] == guess
         for item, guess in zip(step.batch.items, step.guesses, strict=False)
     )
-    return replace(step, drafted=drafted, started=started, wrong=not right)
+    step.started, step.wrong = started, not right

@@ -21,7 +21,7 @@ from paceline.plan.base import LengthPolicy
 logger = logging.getLogger(__name__)
 _SETTLED = 16
 """Plain steps of the same requests in a row after which only every `_SELDOM`th is learned from."""
-_SELDOM = 4
+_SELDOM = 8
 
 
 class Learning:
@@ -74,30 +74,27 @@ class Learning:
         else:
             self._learn()
 
-    def settle(self, step: InFlight, started: float, left: float) -> InFlight:
+    def settle(self, step: InFlight, started: float, left: float) -> None:
         """Learn from the step before one that was just launched, if that was put off.
 
         Args:
-            step: what was launched.
+            step: what was launched; its time will begin where that of the one before ends.
             started: when making it began.
             left: when the engine was left before.
-
-        Returns:
-            The step; its time begins where that of the one before ends.
         """
         ended, self._owed = self._owed, None
         if ended is None or self._latest is None:
-            return step
+            return
         # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
         drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
         idle = max(max(left - ended, 0.0) + now - started - drafting, 0.0)
         stats = self.last_stats
         assert stats is not None
         if self._runner.num_preparations != self._prepared or any(request.finished for request in stats.requests):
-            return step
+            return
         self._known = replace(stats, step_seconds=stats.step_seconds + idle)
         self._learn()
-        return replace(step, started=now - drafting)
+        step.started = now - drafting
 
     def _says_nothing_new(self, step: AcceptedStep) -> bool:
         """Whether it is one of many plain steps."""

@@ -264,9 +264,9 @@ class Acceptance:
     errors: Mapping[str, Exception] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class InFlight:
-    """A launched step whose result has not been read."""
+    """A launched step whose result has not been read; what is learned of it meanwhile is filled in."""
 
     batch: ScheduledBatch
     plan: SpecPlan
@@ -286,7 +286,7 @@ class InFlight:
         return not self.wrong and self.verified.num_nodes > 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class AcceptedStep(InFlight):
     """A step whose result is known."""
 

@@ -413,4 +413,4 @@ def test_of_many_plain_steps_some_are_learned_from() -> None:
         seen.append(engine.last_stats)
     assert len({id(stats) for stats in seen}) == len(seen) >= 100
     assert learned[:16] == seen[:16]
-    assert 16 + 84 // 4 - 2 <= len(learned) <= 18 + 84 // 4
+    assert 16 + 84 // 8 - 2 <= len(learned) <= 18 + 84 // 8
