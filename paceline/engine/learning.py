@@ -43,7 +43,7 @@ class Learning:
         self._owed: float | None = None
         """When the latest step ended, if its time is known only when the next one is launched."""
         self._plain = 0, 0
-        """Plain steps in a row, and their requests."""
+        """Plain steps since the requests changed or a tree was walked, and how many requests there are."""
 
     @property
     def last_stats(self) -> StepStats | None:
@@ -97,13 +97,15 @@ class Learning:
         step.started = now - drafting
 
     def _says_nothing_new(self, step: AcceptedStep) -> bool:
-        """Whether it is one of many plain steps."""
+        """Whether it is one of many plain steps; drafters that found nothing between them change nothing."""
         count, requests = self._plain
-        if step.drafted.seconds or len(step.batch.sampling) < len(step.batch.items):
-            self._plain = 0, 0
+        size = len(step.batch.items)
+        if step.walks or requests != size or len(step.batch.sampling) < size:
+            self._plain = 0, size
             return False
-        count = count + 1 if requests == len(step.batch.items) else 0
-        self._plain = count, len(step.batch.items)
+        if step.drafted.seconds:
+            return False
+        self._plain = count + 1, size
         return count > _SETTLED and count % _SELDOM > 0
 
     def _learn(self) -> None:
