@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,6 +11,9 @@ import torch
 
 from paceline.arrays import IntArray
 from paceline.cache.pages import zeros
+
+_TRITON_FROM = (8, 0)
+"""Compute capability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class PagedKV:
         self._blocks = self._data.flatten(3)  # [layers, 2, blocks, block_size * kv_heads * head_dim]
         self._layer_slots = [tuple(layer) for layer in self._slots]
         self._layer_blocks = [tuple(layer) for layer in self._blocks]
+        self._compact = None if on_host else _compaction(device)
+        self.move([0], [0])  # compiled now, not when somebody's first draft is accepted
 
     @property
     def nbytes(self) -> int:
@@ -79,15 +84,22 @@ class PagedKV:
             target: where to, likewise, none of which lies behind its source. Paths share no slots.
         """
         device = self._data.device
-        if device.type == "cuda" and find_spec("triton") is not None:
-            from paceline.model.kernels.compact import compact
-
+        if self._compact is not None:
             moves = torch.tensor([source, target], dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
             with torch.cuda.device(device):
-                compact(self._slots, *moves.unbind())
+                self._compact(self._slots, *moves.unbind())
             return
         read, write = torch.tensor([source, target], dtype=torch.int64, device=device).unbind()
         self._slots.index_copy_(2, write, self._slots.index_select(2, read))
+
+
+def _compaction(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
+    """The kernel that moves slots, where it runs."""
+    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < _TRITON_FROM:
+        return None
+    from paceline.model.kernels.compact import compact
+
+    return compact
 
 
 def slots_of(table: Sequence[int], block_size: int, start: int, stop: int) -> IntArray:

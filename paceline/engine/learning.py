@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
+import torch
+
 from paceline.engine.feedback import slot_price, step_stats
-from paceline.engine.types import AcceptedStep, InFlight, StepStats
+from paceline.engine.types import AcceptedStep, InFlight, StepStats, TargetScores
 from paceline.model.runner import ModelRunner
 from paceline.plan.base import LengthPolicy
 
@@ -22,6 +24,27 @@ logger = logging.getLogger(__name__)
 _SETTLED = 16
 """Plain steps of the same requests in a row after which only every `_SELDOM`th is learned from."""
 _SELDOM = 8
+_READ = TargetScores(torch.empty(0), ())
+"""In place of a committed step's scores, which nobody reads any more."""
+
+
+class _Lazily:
+    """A step's statistics, worked out when they are first asked for, by whichever thread."""
+
+    def __init__(self, work_out: Callable[[], StepStats]) -> None:
+        self._work_out: Callable[[], StepStats] | None = work_out
+        self._stats: StepStats | None = None
+
+    def get(self) -> StepStats | None:
+        """They; None if they could not be worked out."""
+        work_out = self._work_out
+        if work_out is not None:
+            try:
+                self._stats = work_out()
+            except Exception:
+                logger.exception("a step's statistics could not be worked out; its tokens are committed")
+            self._work_out = None  # the step itself is not kept
+        return self._stats
 
 
 class Learning:
@@ -38,8 +61,7 @@ class Learning:
         self._policy = policy
         self._runner = runner
         self._prepared = runner.num_preparations
-        self._latest: Callable[[], StepStats] | None = None
-        self._known: StepStats | None = None
+        self._latest: _Lazily | None = None
         self._owed: float | None = None
         """When the latest step ended, if its time is known only when the next one is launched."""
         self._plain = 0, 0
@@ -48,9 +70,8 @@ class Learning:
     @property
     def last_stats(self) -> StepStats | None:
         """Of the latest step."""
-        if self._known is None and self._latest is not None:
-            self._known = self._latest()
-        return self._known
+        latest = self._latest
+        return None if latest is None else latest.get()
 
     def take(self, step: AcceptedStep, observe_seconds: Mapping[str, float]) -> None:
         """Take in a committed step.
@@ -64,8 +85,8 @@ class Learning:
         ahead = self._runner.most_carried > 0
         # What follows the samples is done while the next step runs, where one can run already.
         ended = self._runner.last_read if ahead and step.scores.all_drawn else time.perf_counter()
-        self._known, self._owed = None, None
-        self._latest = partial(step_stats, step, ended - step.started, observe_seconds)
+        step.scores = _READ
+        self._owed, self._latest = None, _Lazily(partial(step_stats, step, ended - step.started, observe_seconds))
         prepared, self._prepared = self._prepared, self._runner.num_preparations
         if prepared != self._prepared or (ahead and self._says_nothing_new(step)):
             return
@@ -83,16 +104,17 @@ class Learning:
             left: when the engine was left before.
         """
         ended, self._owed = self._owed, None
-        if ended is None or self._latest is None:
+        if ended is None:
             return
         # The device was idle meanwhile because of the nodes of the step before: that was part of their price.
         drafting, now = sum(step.drafted.seconds.values()), time.perf_counter()
         idle = max(max(left - ended, 0.0) + now - started - drafting, 0.0)
         stats = self.last_stats
-        assert stats is not None
-        if self._runner.num_preparations != self._prepared or any(request.finished for request in stats.requests):
+        prepared = self._runner.num_preparations != self._prepared
+        if stats is None or prepared or any(request.finished for request in stats.requests):
             return
-        self._known = replace(stats, step_seconds=stats.step_seconds + idle)
+        longer = replace(stats, step_seconds=stats.step_seconds + idle)
+        self._latest = _Lazily(lambda: longer)
         self._learn()
         step.started = now - drafting
 
@@ -109,10 +131,9 @@ class Learning:
         return count > _SETTLED and count % _SELDOM > 0
 
     def _learn(self) -> None:
-        if self._policy is None:
+        stats = None if self._policy is None else self.last_stats
+        if self._policy is None or stats is None:
             return
-        stats = self.last_stats
-        assert stats is not None
         try:
             self._policy.learn(stats)
         except Exception:

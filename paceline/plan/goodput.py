@@ -347,19 +347,20 @@ class GoodputLength:
             if name in paying or due:
                 depth[name] = most
                 if self._plain is not None and not (name in paying and self._usage.is_proven(name)):
-                    few[name] = self._for_few(name, most, len(asked), times.seconds.item(0))
+                    few[name] = self._for_few(name, most, asked.room, times.seconds.item(0))
                 self._usage.asked(name, self._step)
         limits = {d.name: few.get(d.name, depth[d.name]) for d in self._drafters if depth.get(d.name)}
         steady = not any(depths.values()) and not few and limits.keys() <= self._fixed.union(paying)
         return limits, depths, stop, steady
 
-    def _for_few(self, name: str, most: int, requests: int, plain: float) -> int | IntArray:
-        """A limit under which a drafter is asked for some of the requests, others every time."""
-        few = self._usage.few(name, requests, plain)
-        if few == requests:
+    def _for_few(self, name: str, most: int, room: IntArray, plain: float) -> int | IntArray:
+        """A limit under which a drafter is asked for some of the requests that have room, others every time."""
+        (rows,) = room.nonzero()
+        few = self._usage.few(name, len(rows), plain)
+        if few is None:
             return most
-        limits = np.zeros(requests, dtype=np.int64)
-        limits[(self._step * few + np.arange(few)) % requests] = most
+        limits = np.zeros(len(room), dtype=np.int64)
+        limits[rows[few]] = most
         return limits
 
     def _weights(self, asked: Sampling, goodput: float) -> FloatArray | None:

@@ -41,26 +41,27 @@ class _Level:
     latest: int = 0
     """The step of the last plain one that says what plain steps take."""
     seconds: float = 0.0
-    """Fading mean of a plain step."""
-    ahead: int = 0
-    """Plain steps launched behind others."""
+    """Fading mean of a plain step, ..."""
+    count: int = 0
+    """... of so many, ..."""
+    behind: bool = False
+    """... all of which were launched behind others, or none."""
     alone: int = 0
     """Plain steps in a row that were not."""
 
     def learn_plain(self, seconds: float, step: int, *, ahead: bool) -> None:
         """A plain step behind another tells what plain decoding takes; the first one after others waits for the host.
         Where none can be launched behind another, any of them does."""
-        self.alone = 0 if ahead else self.alone + 1
         self.plain_steps += 1
-        if ahead or not self.ahead or self.alone >= _ALONE:
-            self.latest = step
-        if ahead and not self.ahead:
-            self.seconds = 0.0
-        self.ahead += ahead
-        if ahead or not self.ahead:
-            count = self.ahead or self.plain_steps
-            taken = min(seconds, _DISTURBED * self.seconds) if count > 1 else seconds
-            self.seconds += max(1.0 / count, 1.0 - _FADE) * (taken - self.seconds)
+        self.alone = 0 if ahead else self.alone + 1
+        if ahead != self.behind and (ahead or self.alone >= _ALONE):
+            self.behind, self.count = ahead, 0
+        if ahead != self.behind:
+            return
+        self.latest = step
+        self.count += 1
+        taken = seconds if self.count <= _FIRST else min(seconds, _DISTURBED * self.seconds)
+        self.seconds += max(1.0 / self.count, 1.0 - _FADE) * (taken - self.seconds)
 
 
 @dataclass(slots=True)
@@ -94,7 +95,9 @@ class Regret:
         level = self._level(stats.num_sampling)
         if not stats.draft_seconds:
             level.learn_plain(stats.step_seconds, step, ahead=stats.ahead)
-        elif level.plain_steps >= _FIRST:
+            return
+        level.alone = 0
+        if level.plain_steps >= _FIRST:
             drafting = sum(stats.draft_seconds.values())
             taken = min((stats.step_seconds - drafting) / level.seconds, _LONGEST) + drafting / level.seconds
             won = stats.num_committed / stats.num_sampling

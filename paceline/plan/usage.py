@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
+from paceline.arrays import IntArray
 from paceline.engine.types import StepStats
 
 _FADE = 0.98
@@ -43,6 +46,8 @@ class DrafterUse:
         self.seconds = 0.0
         self.asked = 0
         self.last = 0
+        self.turn = 0
+        """Requests that it was asked for where that was some of them."""
 
     def pays(self, goodput: float) -> bool:
         """Whether it brings more tokens than its time would; true until it was tried."""
@@ -110,12 +115,14 @@ class Usage:
         """Whether a drafter was asked often enough to be judged."""
         return name in self._use and self._use[name].asked >= _TRIALS
 
-    def few(self, name: str, requests: int, step_seconds: float) -> int:
-        """For how many requests a drafter may be asked to find out about it."""
+    def few(self, name: str, requests: int, step_seconds: float) -> IntArray | None:
+        """For which requests a drafter may be asked to find out about it, others every time; None: for all."""
         use = self._use.setdefault(name, DrafterUse())
-        if not use.asked:
-            return min(_FIRST_FEW, requests)
-        return min(max(int(_FEW_SHARE * step_seconds / max(use.seconds, 1e-9)), 1), requests)
+        count = max(int(_FEW_SHARE * step_seconds / max(use.seconds, 1e-9)), 1) if use.asked else _FIRST_FEW
+        if count >= requests:
+            return None
+        first, use.turn = use.turn, use.turn + count
+        return (first + np.arange(count)) % requests
 
     def probe(self, name: str, step: int, seconds: float, step_seconds: float) -> bool:
         """Whether a drafter that is planned by depth should look one token further than it pays, for `seconds`."""
@@ -138,9 +145,11 @@ class Usage:
                 self._learn_outside(stats)
             for name, seconds in stats.draft_seconds.items():
                 use = self._use.setdefault(name, DrafterUse())
-                requests = max(stats.asked.get(name, stats.num_sampling), 1)
+                requests = stats.asked.get(name, stats.num_sampling)
+                if not requests:
+                    continue
                 net = stats.gains.get(name, 0.0) - node_cost * stats.nodes.get(name, 0)
-                use.learn(max(net, 0.0) / requests, seconds / requests, goodput, self.around / requests)
+                use.learn(max(net, 0.0) / requests, seconds / requests, goodput, self.around / stats.num_sampling)
 
     def _learn_outside(self, stats: StepStats) -> None:
         asked = bool(stats.draft_seconds)

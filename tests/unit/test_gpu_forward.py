@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +107,43 @@ def test_long_contexts_share_the_room_for_splits_or_take_their_own(monkeypatch: 
         after = sequence(5, 284, blocks, 3)
         assert fast._fits(Bucket(5, 4, 5, 2, 0, False), 5) == (room == 5)
         compare(slow, fast, ForwardBatch((after,), range(5)))
+
+
+def test_where_there_is_no_room_for_parts_no_keys_are_shared() -> None:
+    """The same bits come from one program for a tile, in the same bucket's graph."""
+    buckets = Buckets(max_tokens=64, max_seqs=4, max_model_len=100_000)
+    assert buckets.find([1, 1], 2, 9, 0) == Bucket(2, 2, 2, 16, 0, False)
+    assert buckets.find([1, 1], 2, 17, 0) == Bucket(2, 2, 2, 391, 0, False)
+    assert {bucket.splits for bucket in buckets.first()} == {1, 16, 391}
+    slow, fast = pair("llama")
+    compare(slow, fast, ForwardBatch((sequence(120, 0, range(1, 25)),), [119]))
+    compare(slow, fast, ForwardBatch((sequence(160, 120, range(1, 25), 1),), [159]))
+    fast._scratch = replace(fast._scratch, splits=fast._scratch.splits[:0])
+    compare(slow, fast, ForwardBatch((sequence(5, 280, range(1, 25), 2),), range(5)))
+    assert [bucket.splits for bucket, _ in fast._captured if bucket.tokens == 8] == [1]
+
+
+def test_a_shape_that_is_captured_late_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes three times before, its buffers describe the last, and those slots are another request's now."""
+    slow, fast = pair("llama")
+    blocks = range(1, 8)
+    compare(slow, fast, ForwardBatch((sequence(20, 0, blocks),), [19]))
+    captures: list[list[int]] = []
+
+    def capture(captured: Any, path: Any) -> None:
+        before = fast._kv.slots.clone()
+        fast._compile(captured, path)
+        captures.append((fast._kv.slots != before).flatten(3).any(-1).any(0).any(0).nonzero().flatten().tolist())
+
+    monkeypatch.setattr(fast, "eager", False)
+    monkeypatch.setattr(fast, "_capture", capture)
+    known = fast.num_captures
+    for step in range(5):
+        compare(slow, fast, ForwardBatch((sequence(1, 20 + step, blocks, step),), [0]))
+        if step == 2:  # the request ends, and its blocks go to another
+            compare(slow, fast, ForwardBatch((sequence(25, 0, blocks, 7),), [24]))
+    assert captures[0] == []
+    assert fast.num_captures - known == 6, "none of these steps tells what its kind takes"
 
 
 def test_rows_may_be_asked_for_twice_and_be_many() -> None:

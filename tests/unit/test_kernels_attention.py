@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -128,6 +130,28 @@ def test_a_draft_node_has_the_bits_of_the_token_it_becomes() -> None:
     decode = make([Sequence(306)], heads=3, kv_heads=1, tables=case.tables, padding=0)
     decode.keys, decode.values, decode.query = case.keys, case.values, case.query[5:].clone()
     assert torch.equal(run(decode)[0], tree[5:])
+
+
+@pytest.mark.parametrize("window", [None, 16, 300])
+def test_programs_may_run_in_any_order(window: int | None) -> None:
+    """A GPU promises none: what a program leaves to the second kernel, no other one touches."""
+    sequences = [Sequence(1200), tree_of(700, bushy(9), 2), Sequence(511), Sequence(400, 30)]
+    options = {} if window is None else {"window": window}
+    case = make(sequences, heads=4, kv_heads=1, programs=35)
+    expected = run(case, **options)
+    tiles = case.batch.tiles[0]
+    used = int((tiles.seq >= 0).sum())
+    first = int((tiles.split[:used] == 0).sum())
+    assert used > first + 8
+    for seed in range(3):
+        torch.manual_seed(seed)
+        rest = torch.arange(used, len(tiles.seq))
+        order = torch.cat([torch.randperm(first), first + torch.randperm(used - first), rest]).to(tiles.seq.device)
+        moved = replace(tiles, seq=tiles.seq[order], start=tiles.start[order], split=tiles.split[order])
+        case.batch = replace(case.batch, tiles=(moved, *case.batch.tiles[1:]))
+        out, lse = run(case, **options)
+        assert torch.equal(out, expected[0])
+        assert torch.equal(lse, expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

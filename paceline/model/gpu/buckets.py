@@ -10,6 +10,8 @@ from paceline.model.kernels.batch import CHUNK_FROM, SPLIT_KEYS
 
 _SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 128, 144, 160)
 """The sizes up to where steps of 64 begin; a draft tree of 64 nodes has 65 tokens, 8 of 16 have 136."""
+_SPLITS = (1, 16)
+"""Splits of the keys of the longest sequence that memory is kept for, beside as many as there may be."""
 _WIDE_TREE = 80
 """Tokens up to which steps are prepared for draft trees whatever the number of sequences."""
 _TREE_WORDS = (0, 2, 16)
@@ -79,7 +81,7 @@ class Buckets:
         words = words_of(tree_width)
         if tokens is None or words > _TREE_WORDS[-1] or len(new) > self.max_seqs or splits > self.most_splits:
             return None
-        splits = self.most_splits if splits > 1 else 1
+        splits = next((s for s in _SPLITS if splits <= s < self.most_splits), self.most_splits)
         kept = self._rows(tokens, rows)
         return Bucket(tokens, min(tokens, self.max_seqs), kept, splits, words, max(new) >= CHUNK_FROM)
 
@@ -93,15 +95,16 @@ class Buckets:
         """What is captured before the first request: decoding at all sizes, chains of drafts too, prompts, and with
         `trees` small trees of drafts."""
         words = _TREE_WORDS[1] if trees else 0
+        all_splits = {min(s, self.most_splits) for s in (*_SPLITS, self.most_splits)}
         for tokens in self.sizes():
             seqs = min(tokens, self.max_seqs)
             if tokens <= max(2 * self.max_seqs, _WIDE_TREE):
-                for splits in {1, self.most_splits}:
+                for splits in all_splits:
                     yield Bucket(tokens, seqs, tokens, splits, 0, False)
                     if trees and tokens > 2:
                         yield Bucket(tokens, seqs, tokens, splits, words, False)
             else:
-                for splits in {1, self.most_splits}:
+                for splits in all_splits:
                     yield Bucket(tokens, seqs, SOME, splits, 0, True)
         if trees:  # compiled with the first of their kind, captured for others in no time
             last = max(self.sizes())

@@ -93,7 +93,7 @@ class GraphRunner:
         self._on_host = [torch.empty(len(self._latest), dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._seen: Counter[tuple[Bucket, ForwardPath | None]] = Counter()
         self._captured: dict[tuple[Bucket, ForwardPath | None], _Captured] = {}
-        self._compiled: set[tuple[int, int, bool]] = set()
+        self._compiled: set[tuple[bool, int, bool]] = set()
         """Kinds of steps beyond every bucket that came before."""
         self.num_captures = 0
         """Times that anything was compiled or captured, which takes longer than what it is for."""
@@ -115,8 +115,6 @@ class GraphRunner:
             for done, bucket in enumerate(wanted, start=1):
                 self._capture(self._of(bucket, None), None)
                 on_progress(done, len(wanted))
-            if trees:  # compiled now, not when the first path is accepted
-                self._kv.move([0], [0])
 
     def run(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the batch and write its KV.
@@ -171,7 +169,11 @@ class GraphRunner:
     def _run(self, batch: ForwardBatch, draws: RowDraws | None) -> _Outputs:
         step = _Step(batch, draws)
         splits = step.shared_splits(self._weights.heads, self._weights.kv_heads)
-        bucket = self._buckets.find(step.new, len(batch.logit_rows), splits, step.tree_width)
+        rows = len(batch.logit_rows)
+        bucket = self._buckets.find(step.new, rows, splits, step.tree_width)
+        if bucket is None or not self._fits(bucket, step.num_decoding):  # no room for parts: programs share no keys
+            splits = 1
+            bucket = self._buckets.find(step.new, rows, splits, step.tree_width)
         with self._on_device():
             if bucket is None or not self._fits(bucket, step.num_decoding):
                 return self._too_large(step, splits, batch.path)
@@ -229,7 +231,7 @@ class GraphRunner:
         torch.cuda.synchronize(self._device)  # ... and both use the same scratch
         try:
             with torch.cuda.stream(self._stream):
-                self._launch(captured.buffers, self._scratch, path)  # compiles what is not compiled yet
+                self._compile(captured, path)
                 torch.cuda.synchronize(self._device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
@@ -242,6 +244,12 @@ class GraphRunner:
         finally:
             self._latest.copy_(latest)
         captured.graph, captured.outputs = graph, outputs
+
+    def _compile(self, captured: _Captured, path: ForwardPath | None) -> None:
+        """Run what is to be captured. The buffers may describe a step of before, whose slots are other requests' now:
+        nothing may be written."""
+        captured.buffers.batch.slot_mapping.fill_(-1)
+        self._launch(captured.buffers, self._scratch, path)
 
     def _shape(self, bucket: Bucket) -> BatchShape:
         size = self._kv.block_size
@@ -270,7 +278,7 @@ class GraphRunner:
         """A batch beyond every bucket runs with memory of its own."""
         count, rows = sum(step.new), len(step.wanted)
         words = words_of(step.tree_width)
-        kind = splits, words, max(step.new) >= CHUNK_FROM
+        kind = splits > 1, words, max(step.new) >= CHUNK_FROM
         self.num_captures += kind not in self._compiled
         self._compiled.add(kind)
         bucket = Bucket(count, len(step.new), max(rows, 1), splits, words, max(step.new) >= CHUNK_FROM)
@@ -306,7 +314,7 @@ class _Step:
     def shared_splits(self, heads: int, kv_heads: int) -> int:
         """Splits of the longest sequence in decode tiles if programs should share them, otherwise 1."""
         new = np.array(self.new, dtype=np.int64)
-        keys = new + np.array([s.context_len for s in self.sequences], dtype=np.int64)
+        keys = (new + np.array([s.context_len for s in self.sequences], dtype=np.int64)).astype(np.int32)
         queries = max(1, DECODE_ROWS // (heads // kv_heads))
         each, longest = share_splits(new, keys, CHUNK_FROM - 1, queries, SPLIT_KEYS, programs_of(kv_heads))
         return longest if longest > each else 1

@@ -108,7 +108,7 @@ def _launch(
         "OVERLAP": overlap, **launch_options(overlap),
     }  # fmt: skip
     log_sums = out if lse is None else lse
-    attention_kernel[(kv_heads, tiles.seq.shape[0])](
+    attention_kernel[(kv_heads * tiles.seq.shape[0],)](
         query, key_pool, value_pool, out, log_sums, stored, log_sums if partials is None else partials.lse,
         batch.query_start, batch.context_len, batch.key_start, batch.key_end, batch.block_tables, batch.positions,
         batch.tree_start, batch.tree_mask, batch.tree_positions, tiles.seq, tiles.start,
@@ -123,7 +123,8 @@ def _launch(
         assert partials is not None
         merge_splits_kernel[(tiles.num_tiles * tiles.queries, heads)](
             partials.out, partials.lse, out, log_sums, batch.query_start, batch.key_start, batch.key_end,
-            tiles.seq, tiles.start, tiles.each, stride_splits, AT_ONCE=_MERGE_AT_ONCE, num_warps=1, **common,
+            tiles.seq, tiles.start, tiles.split, tiles.each, stride_splits,
+            AT_ONCE=_MERGE_AT_ONCE, num_warps=1, **common,
         )  # fmt: skip
 
 

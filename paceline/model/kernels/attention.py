@@ -150,7 +150,7 @@ def attention_kernel(
     SPLIT_KEYS: tl.constexpr, MERGED: tl.constexpr, TREE_WORDS: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, STORE_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (kv_heads, tiles): programs side by side read adjacent memory. Rows of a tile are ordered by query, then by
+    """Grid (tiles * kv_heads): programs side by side read adjacent memory. Rows of a tile are ordered by query, then by
     query head.
 
     A tile comes once for every `splits_each` splits of its keys. `SPLIT_KEYS` is 0 if keys are not split. `MERGED`:
@@ -158,8 +158,8 @@ def attention_kernel(
     """
     if OVERLAP:
         wait_for_inputs()
-    kv_head = tl.program_id(0)
-    tile = tl.program_id(1)
+    kv_head = tl.program_id(0) % (NUM_HEADS // GROUPS)
+    tile = tl.program_id(0) // (NUM_HEADS // GROUPS)
     seq = tl.load(tile_seq + tile)
     if seq < 0:
         return
@@ -274,8 +274,8 @@ def attention_kernel(
 
 @triton.jit(do_not_specialize=["stride_splits"])
 def merge_splits_kernel(
-    partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end, tile_seq, tile_start, splits_each,
-    stride_splits,
+    partial_out, partial_lse, out_ptr, lse_ptr, query_start, key_start, key_end,
+    tile_seq, tile_start, tile_split, splits_each, stride_splits,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_QUERIES: tl.constexpr,
     SPLIT_KEYS: tl.constexpr, STORE_LSE: tl.constexpr, AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +286,7 @@ def merge_splits_kernel(
     tile = tl.program_id(0) // TILE_QUERIES
     head = tl.program_id(1)
     seq = tl.load(tile_seq + tile)
-    if seq < 0:
+    if (seq < 0) | (tl.load(tile_split + tile) > 0):
         return
     num_keys = tl.load(key_end + seq) - tl.load(key_start + seq)
     row = tl.load(tile_start + tile) + tl.program_id(0) % TILE_QUERIES

@@ -135,6 +135,7 @@ class BatchBuffers:
         # Nothing is written or computed yet. Native code is compiled with that, not in somebody's first step.
         f = self._fields
         assert lay_slots(f["query_start"][:1], f["context_len"], f["block_tables"], shape.block_size, f["slot_mapping"])
+        share_splits(np.empty(0, dtype=np.int64), f["key_end"][:0], 1, 1, SPLIT_KEYS, 1)
         f["splits_each"][0] = 1
         for name in ("tile", "chunk_tile"):
             tile = [f[f"{name}_{of}"] for of in _OF_TILES]

@@ -95,23 +95,22 @@ def lay_tiles(
     Returns:
         How many tiles and how many items there are; more than there is room for is an error of the caller.
     """
-    tiles = count = first = 0
-    longest = 1
+    splits = np.zeros(starts.shape[0] - 1, dtype=np.int64)
     for s in range(starts.shape[0] - 1):
         if least <= starts[s + 1] - starts[s] <= most:
-            longest = max(longest, -(-keys[s] // split_keys))
-    while first < longest:
-        for size in range(longest, 0, -1):
-            for s in range(starts.shape[0] - 1):
-                new, splits = starts[s + 1] - starts[s], max(-(-keys[s] // split_keys), 1)
-                if splits != size or size <= first or not least <= new <= most:
-                    continue
-                for tile in range((new - 1) // queries, -1, -1):
-                    if count < tile_seq.shape[0]:
-                        tile_seq[count] = s
-                        tile_start[count] = starts[s] + tile * queries
-                        tile_split[count] = first
-                    count += 1
+            splits[s] = max(-(-keys[s] // split_keys), 1)
+    order = np.argsort(-splits, kind="mergesort")  # stable
+    tiles = count = first = 0
+    while len(order) and splits[order[0]] > first:
+        for s in order:
+            if splits[s] <= first:
+                break
+            for tile in range((starts[s + 1] - starts[s] - 1) // queries, -1, -1):
+                if count < tile_seq.shape[0]:
+                    tile_seq[count] = s
+                    tile_start[count] = starts[s] + tile * queries
+                    tile_split[count] = first
+                count += 1
         tiles = tiles or count
         first += each
     tile_seq[count:] = -1
