@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ import torch
 from paceline.arrays import IntArray
 from paceline.cache.pages import zeros
 
-_TRITON_FROM = (8, 0)
-"""Compute capability."""
+Compact = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Copies slots of a pool: the pool, where from, where to (int64 on its device)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,7 @@ class PagedKV:
         self._blocks = self._data.flatten(3)  # [layers, 2, blocks, block_size * kv_heads * head_dim]
         self._layer_slots = [tuple(layer) for layer in self._slots]
         self._layer_blocks = [tuple(layer) for layer in self._blocks]
-        self._compact = None if on_host else _compaction(device)
-        self.move([0], [0])  # compiled now, not when somebody's first draft is accepted
+        self._compact: Compact | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +59,11 @@ class PagedKV:
     def slots(self) -> torch.Tensor:
         """The pool itself.  # [layers, 2, slots, kv_heads, head_dim]"""
         return self._slots
+
+    def compact_with(self, kernel: Compact) -> None:
+        """Move slots by a kernel from now on; it is compiled here, not when somebody's first draft is accepted."""
+        self._compact = kernel
+        self.move([0], [0])
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store new tokens.  slots [n], keys and values [n, kv_heads, head_dim]"""
@@ -91,15 +94,6 @@ class PagedKV:
             return
         read, write = torch.tensor([source, target], dtype=torch.int64, device=device).unbind()
         self._slots.index_copy_(2, write, self._slots.index_select(2, read))
-
-
-def _compaction(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] | None:
-    """The kernel that moves slots, where it runs."""
-    if device.type != "cuda" or find_spec("triton") is None or torch.cuda.get_device_capability(device) < _TRITON_FROM:
-        return None
-    from paceline.model.kernels.compact import compact
-
-    return compact
 
 
 def slots_of(table: Sequence[int], block_size: int, start: int, stop: int) -> IntArray:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from paceline.model.gpu.graphs import GraphRunner
     from paceline.model.native.decoder import NativeDecoder
 
+_TRITON_FROM = (8, 0)
+"""Compute capability."""
 _NO_TAIL = np.empty(0, dtype=np.int64)
 
 
@@ -105,6 +107,10 @@ class ModelRunner:
         self.device = device
         self._native = _native(model, kv, device)
         self._graphs = _graphs(model, kv, limits)
+        if device.type == "cuda" and find_spec("triton") and torch.cuda.get_device_capability(device) >= _TRITON_FROM:
+            from paceline.model.kernels.compact import compact
+
+            kv.compact_with(compact)
         self._partial: PartialModel | None = None
         self.last_seconds = 0.0
         """Wall time of the last forward whose result was waited for."""
